@@ -1,0 +1,78 @@
+"""All permission rules. Every door (session, bearer token, websocket verb, command) decides through this module.
+
+Two questions, two answers: ``require`` says whether a principal may do a kind of thing at all; which *objects* they may do
+it to is decided by the querysets (``visible_to``) that are the only way to fetch one. What a principal may not see is "not
+found", never "forbidden".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from django.utils import timezone
+
+from lmweb.errors import NotAuthenticated, PermissionDenied
+from lmweb.models import ApiToken, Role, Scope, User
+
+
+class Action(StrEnum):
+    """What somebody can want to do."""
+
+    GENERATE = "generate"
+    READ_MODELS = "read_models"
+    LOAD_MODELS = "load_models"
+    IMPORT_MODELS = "import_models"
+    DELETE_MODELS = "delete_models"
+    MANAGE_PEOPLE = "manage_people"
+    MANAGE_WORKERS = "manage_workers"
+
+
+_MEMBER = {Action.GENERATE, Action.READ_MODELS, Action.LOAD_MODELS, Action.IMPORT_MODELS}
+ROLE_ACTIONS: dict[str, set[Action]] = {
+    Role.VIEWER: {Action.READ_MODELS},
+    Role.MEMBER: _MEMBER,
+    Role.ADMIN: set(Action),
+}
+SCOPE_ACTIONS: dict[str, set[Action]] = {
+    Scope.INFERENCE: {Action.GENERATE},
+    Scope.MODELS_READ: {Action.READ_MODELS},
+    Scope.MODELS_MANAGE: {Action.READ_MODELS, Action.LOAD_MODELS, Action.IMPORT_MODELS, Action.DELETE_MODELS},
+}
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who asks: a person, through a session or through one of their tokens."""
+
+    user: User
+    token: ApiToken | None = None
+
+    def may(self, action: Action) -> bool:
+        """Return whether this principal may do ``action`` to objects that they can see."""
+        if not self.user.is_active:
+            return False
+        role = Role.ADMIN if self.user.is_admin else self.user.role
+        if action not in ROLE_ACTIONS.get(role, set()):
+            return False
+        return self.token is None or any(action in SCOPE_ACTIONS.get(scope, set()) for scope in self.token.scopes)
+
+
+def require(principal: Principal, action: Action) -> None:
+    """Raise ``PermissionDenied`` unless the principal may do ``action``."""
+    if not principal.may(action):
+        whom = "this token" if principal.token else "your account"
+        raise PermissionDenied(f"The permission '{action.value}' is missing from {whom}. Ask an admin for it.")
+
+
+def authenticate_token(secret: str) -> Principal:
+    """Return the principal of a bearer token. Raises ``NotAuthenticated`` if it is unknown, expired or revoked."""
+    token = ApiToken.objects.select_related("user").filter(digest=ApiToken.hash(secret)).first()
+    if token is None or not token.user.is_active:
+        raise NotAuthenticated("The API token is not valid. Create one in Developer, API tokens.")
+    if not token.is_valid:
+        raise NotAuthenticated(f"The API token '{token.name}' has {'been revoked' if token.revoked_at else 'expired'}.")
+    now = timezone.now()
+    if token.last_used_at is None or (now - token.last_used_at).total_seconds() > 60:
+        ApiToken.objects.filter(pk=token.pk).update(last_used_at=now)
+    return Principal(token.user, token)

@@ -1,0 +1,10 @@
+"""Application configuration."""
+
+from django.apps import AppConfig
+
+
+class LmwebConfig(AppConfig):
+    """People, access and the pieces that hold the project together."""
+
+    name = "lmweb"
+    default_auto_field = "django.db.models.BigAutoField"

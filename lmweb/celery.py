@@ -1,0 +1,41 @@
+"""The Celery application. Queues: ``gpu.<node>`` for generations and loads on one machine, ``io`` for everything else.
+
+Messages carry ids only, as JSON; the rows are the truth, so a message that Redis loses costs a delay, never work
+(``models_app.reaper`` sends it again). Early acknowledgement is deliberate for the same reason.
+"""
+
+from __future__ import annotations
+
+import os
+
+from celery import Celery
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "lmweb.settings")
+
+from django.conf import settings  # noqa: E402  (needs the variable above)
+
+app = Celery("lmweb")
+app.conf.update(
+    broker_url=settings.REDIS_URL,
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    broker_transport_options={"socket_timeout": None, "socket_connect_timeout": 5, "health_check_interval": 0},
+    task_serializer="json",
+    accept_content=["json"],
+    task_ignore_result=True,
+    task_store_errors_even_if_ignored=False,
+    task_default_queue="io",
+    task_acks_late=False,
+    task_publish_retry_policy={"max_retries": 1, "interval_start": 0.1},
+    worker_prefetch_multiplier=0,
+    worker_hijack_root_logger=False,
+    worker_send_task_events=False,
+    worker_enable_remote_control=True,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    timezone="UTC",
+    beat_schedule={
+        "reap": {"task": "workers.tasks.reap", "schedule": 3.0, "options": {"expires": 3.0}},
+    },
+    beat_schedule_filename=str(settings.DATA_DIR / "run" / "beat"),
+    imports=("workers.tasks",),
+)

@@ -1,0 +1,81 @@
+"""Every environment variable that lmweb reads, with type, default and meaning. Nothing else reads ``os.environ`` for settings.
+
+``docs/operations.md`` documents the same table; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One setting: its default as text (empty: none) and what it means."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+VARIABLES: dict[str, Variable] = {
+    v.name: v
+    for v in (
+        Variable("LMWEB_HOST", "127.0.0.1", "Address the server listens on once an admin exists; before that always loopback."),
+        Variable("LMWEB_PORT", "1234", "Port the server listens on."),
+        Variable("LMWEB_DATA_DIR", "", "Where everything is kept. Default: lmweb in the user's data directory."),
+        Variable("DATABASE_URL", "", "External PostgreSQL with pgvector; empty starts the embedded one."),
+        Variable("REDIS_URL", "", "External Redis or Valkey; empty starts the embedded one."),
+        Variable("LMWEB_SECRET_KEY", "", "Signs sessions and tokens; empty keeps a generated one in the data directory."),
+        Variable("LMWEB_ALLOWED_HOSTS", "*", "Comma-separated host names that browsers may use."),
+        Variable("LMWEB_TRUSTED_ORIGINS", "", "Comma-separated origins of a TLS proxy in front, such as https://lm.example.org."),
+        Variable("LMWEB_DEBUG", "false", "Django's debug pages. Never on a shared machine."),
+        Variable("LMWEB_LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR."),
+        Variable("LMWEB_NODE_NAME", "", "Name of this machine among the workers. Default: the host name."),
+        Variable("LMWEB_CPU_THREADS", "0", "CPU threads per loaded model; 0 takes the physical cores, less one when there are more than two."),
+        Variable("LMWEB_CONTEXT_LENGTH", "8192", "Context length in tokens of a model that is loaded without one, at most the model's own."),
+        Variable("LMWEB_MAX_UPLOAD_GB", "200", "Largest model file that may be uploaded in the browser, in gigabytes."),
+        Variable("LMWEB_STEP_LOG", "true", "Keep a bounded log of every engine step under logs/ in the data directory."),
+    )
+}
+
+
+def text(name: str) -> str:
+    """Return the variable's value or its default. Raises ``KeyError`` for an undeclared name."""
+    return os.environ.get(name, "").strip() or VARIABLES[name].default
+
+
+def flag(name: str) -> bool:
+    """Return a yes/no variable. Raises ``ValueError`` for anything but true/false, yes/no, on/off, 1/0."""
+    value = text(name).lower()
+    if value in {"1", "true", "yes", "on"}:
+        return True
+    if value in {"0", "false", "no", "off", ""}:
+        return False
+    raise ValueError(f"{name} must be true or false, not {value!r}")
+
+
+def number(name: str) -> int:
+    """Return a whole number. Raises ``ValueError`` with the variable's name if it is none."""
+    try:
+        return int(text(name))
+    except ValueError:
+        raise ValueError(f"{name} must be a whole number, not {text(name)!r}") from None
+
+
+def items(name: str) -> list[str]:
+    """Return a comma-separated list without blanks."""
+    return [item.strip() for item in text(name).split(",") if item.strip()]
+
+
+def data_dir() -> Path:
+    """Return the absolute data directory; it need not exist yet."""
+    configured = text("LMWEB_DATA_DIR")
+    if configured:
+        return Path(configured).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "lmweb"
+    base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(base) / "lmweb"

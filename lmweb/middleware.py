@@ -1,0 +1,3 @@
+"""Small middleware of our own."""
+
+from __future__ import annotations

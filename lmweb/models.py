@@ -1,0 +1,109 @@
+"""Identity: people, and the API tokens that act for them."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import uuid
+from datetime import datetime
+from typing import Any, ClassVar
+
+from django.contrib.auth.models import AbstractUser, UserManager as DjangoUserManager
+from django.contrib.postgres.fields import ArrayField
+from django.db import models
+from django.utils import timezone
+
+TOKEN_PREFIX = "sk-lm-"
+
+
+class Role(models.TextChoices):
+    """What a person may do in general; ``lmweb.access`` holds the rules."""
+
+    ADMIN = "admin", "Admin"
+    MEMBER = "member", "Member"
+    VIEWER = "viewer", "Viewer"
+
+
+class UserManager(DjangoUserManager["User"]):
+    """Makes a superuser an admin."""
+
+    def create_superuser(self, username: str, email: str | None = None, password: str | None = None, **extra: Any) -> User:
+        """Create an admin, also from ``manage.py createsuperuser``."""
+        extra["role"] = Role.ADMIN
+        return super().create_superuser(username, email, password, **extra)
+
+
+class User(AbstractUser):
+    """A person of the team."""
+
+    role = models.CharField(max_length=16, choices=Role.choices, default=Role.MEMBER)
+
+    objects: ClassVar[UserManager] = UserManager()  # type: ignore[assignment]
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether this person manages people, tokens and permissions."""
+        return self.is_active and (self.role == Role.ADMIN or self.is_superuser)
+
+
+class Scope(models.TextChoices):
+    """What a token may be used for; never more than its owner may."""
+
+    INFERENCE = "inference", "Generate text and embeddings"
+    MODELS_READ = "models:read", "List models"
+    MODELS_MANAGE = "models:manage", "Load, unload, import and delete models"
+
+
+def default_scopes() -> list[str]:
+    """Return the scopes of a token that names none."""
+    return [Scope.INFERENCE, Scope.MODELS_READ]
+
+
+class ApiToken(models.Model):
+    """A bearer token. Only its SHA-256 is stored: tokens are 190 random bits, so a plain hash cannot be reversed by guessing."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    user = models.ForeignKey(User, on_delete=models.CASCADE, related_name="api_tokens")
+    name = models.CharField(max_length=100)
+    hint = models.CharField(max_length=16, help_text="The first characters, to tell tokens apart.")
+    digest = models.CharField(max_length=64, unique=True)
+    scopes = ArrayField(models.CharField(max_length=32, choices=Scope.choices), default=default_scopes)
+    created_at = models.DateTimeField(auto_now_add=True)
+    expires_at = models.DateTimeField(null=True, blank=True)
+    revoked_at = models.DateTimeField(null=True, blank=True)
+    last_used_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering: ClassVar[list[str]] = ["-created_at"]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.hint}…)"
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether it is neither expired nor revoked."""
+        return self.revoked_at is None and (self.expires_at is None or self.expires_at > timezone.now())
+
+    @staticmethod
+    def hash(secret: str) -> str:
+        """Return the stored form of a token."""
+        return hashlib.sha256(secret.encode()).hexdigest()
+
+    @classmethod
+    def issue(cls, *, user: User, name: str, scopes: list[str] | None = None, expires_at: datetime | None = None) -> tuple[ApiToken, str]:
+        """Create a token and return it with its secret, which is not stored and cannot be shown again."""
+        secret = f"{TOKEN_PREFIX}{secrets.token_urlsafe(24)}"
+        token = cls.objects.create(
+            user=user, name=name, hint=secret[:10], digest=cls.hash(secret), scopes=scopes or default_scopes(), expires_at=expires_at
+        )
+        return token, secret
+
+
+class SetupToken(models.Model):
+    """The one-time link that makes the first admin. Only its SHA-256 is stored; issuing a new one replaces the old."""
+
+    digest = models.CharField(max_length=64, unique=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    def __str__(self) -> str:
+        return "set-up link"

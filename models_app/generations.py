@@ -1,0 +1,139 @@
+"""The life of a generation seen from the web side. ``start_generation`` is the only way to reach a model, for every door."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from collections.abc import AsyncIterator
+from functools import lru_cache
+from typing import Any
+
+import redis.asyncio
+from django.conf import settings
+from django.db import transaction
+from django.db.models.functions import Lower
+from django.db.utils import DatabaseError
+from redis.exceptions import RedisError
+
+from lmweb.access import Action, Principal, require
+from lmweb.db import run_db
+from lmweb.errors import ModelNotFound, NotFound
+from models_app.models import Generation, InstalledModel
+from workers import dispatch, stream
+from workers.events import AnyEvent, ChatEnd, Error, ErrorInfo, OutputItem, Result, Snapshot, Stats, encode_events
+from workers.schemas import GenerationRequest, request_to_builtins
+
+SILENCE_SECONDS = 2.0
+
+
+def resolve_model(principal: Principal, name: str) -> InstalledModel:
+    """Return the visible model of this key (any case) or loaded-instance identifier. Raises ``ModelNotFound``."""
+    visible = InstalledModel.objects.visible_to(principal)
+    if "\x00" not in name:
+        found = visible.filter(key=name).first() or visible.filter(instances__identifier=name).first()
+        found = found or visible.annotate(lower=Lower("key")).filter(lower=name.lower()).first()
+        if found:
+            return found
+    known = list(visible.values_list("key", flat=True)[:5])
+    hint = f" Available: {', '.join(known)}." if known else " No model is installed yet."
+    raise ModelNotFound(f"There is no model '{name[:200]}'.{hint}", param="model")
+
+
+def start_generation(
+    *, principal: Principal, request: GenerationRequest, source: str, generation_id: uuid.UUID | None = None
+) -> Generation:
+    """Check, write the row (``queued``) and send it to a node once the transaction commits. Returns at once.
+
+    Raises ``PermissionDenied`` or ``ModelNotFound``. What is wrong with the prompt itself (too long, refused by the chat
+    template) is known to the runner only and arrives as an ``error`` event.
+    """
+    require(principal, Action.GENERATE)
+    model = resolve_model(principal, request.model)
+    node = dispatch.choose_node(model.pk)
+    with transaction.atomic():
+        generation = Generation.objects.create(
+            id=generation_id or uuid.uuid4(),
+            user=principal.user,
+            token=principal.token,
+            source=source,
+            model=model,
+            model_key=model.key,
+            request=request_to_builtins(request),
+            node=node.name if node else "",
+        )
+        if node:
+            transaction.on_commit(lambda: dispatch.send(dispatch.GENERATE, node.name, str(generation.id)))
+    return generation
+
+
+def cancel_generation(*, principal: Principal, generation_id: uuid.UUID | str) -> None:
+    """Stop a generation from any device; what was written so far is kept. Finished ones are left alone.
+
+    Raises ``NotFound`` for a generation that the principal cannot see.
+    """
+    visible = Generation.objects.visible_to(principal).filter(pk=generation_id)
+    if not visible.unfinished().update(cancel_requested=True):
+        if not visible.exists():
+            raise NotFound("There is no such generation.")
+        return
+    dispatch.broadcast_cancel(str(generation_id))
+
+
+def final_entry(generation: Generation) -> stream.Entry:
+    """Return the end of a finished generation as one entry, made from its row, for viewers whose stream is gone."""
+    events: list[AnyEvent] = [Snapshot(content=generation.content, reasoning=generation.reasoning)]
+    if generation.error_code:
+        events.append(Error(error=ErrorInfo(code=generation.error_code, message=generation.error_message)))
+    events.append(end_event(generation))
+    return stream.Entry(generation.seq + 1, encode_events(events), [])
+
+
+def end_event(generation: Generation) -> ChatEnd:
+    """Return the ``chat.end`` of a finished generation."""
+    output = [OutputItem(type="reasoning", content=generation.reasoning)] if generation.reasoning else []
+    output.append(OutputItem(type="message", content=generation.content))
+    known: dict[str, Any] = {name: generation.stats[name] for name in Stats.__struct_fields__ if name in generation.stats}
+    return ChatEnd(result=Result(model_instance_id=generation.model_key, output=output, stats=Stats(**known)), status=generation.status)
+
+
+@lru_cache(maxsize=1)
+def _client() -> redis.asyncio.Redis:
+    return stream.connect_async(settings.REDIS_URL)
+
+
+async def watch(generation_id: str, after_seq: int = 0) -> AsyncIterator[stream.Entry]:
+    """Yield the entries after ``after_seq`` until the one with ``chat.end``; survives restarts of Redis and PostgreSQL.
+
+    The caller has checked that its principal may see this generation. Any number of viewers may watch, from any ``seq``.
+    """
+    seq = after_seq
+    while True:
+        try:
+            entries = await stream.wait_after(_client(), generation_id, seq, timeout_seconds=SILENCE_SECONDS)
+        except (RedisError, OSError):
+            entries = []
+            await asyncio.sleep(0.1 + random.random() * 0.2)  # the service is coming back; do not storm it
+        for entry in entries:
+            seq = entry.seq
+            yield entry
+            if b'"type":"chat.end"' in entry.events:
+                return
+        if not entries and (last := await _ended(generation_id)):
+            if last.seq <= seq:
+                last = stream.Entry(seq + 1, last.events, [])
+            yield last
+            return
+
+
+async def _ended(generation_id: str) -> stream.Entry | None:
+    """Return the closing entry if the row says that the generation has ended."""
+    try:
+        generation = await run_db(Generation.objects.filter(pk=generation_id).first)
+    except DatabaseError:
+        return None
+    if generation is None or not generation.is_finished:
+        return None
+    return final_entry(generation)
+
+

@@ -1,0 +1,185 @@
+"""Models on disk, models in memory, and generations. PostgreSQL is the truth; runners and streams can be lost at any time."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any, ClassVar
+
+from django.conf import settings
+from django.contrib.postgres.fields import ArrayField
+from django.db import models
+from django.db.models import Q
+
+from lmweb.access import Action, Principal
+from lmweb.models import ApiToken, User
+from workers.models import WorkerNode
+
+
+class InstalledModelQuerySet(models.QuerySet["InstalledModel"]):
+    """Queries over models on disk."""
+
+    def visible_to(self, principal: Principal) -> InstalledModelQuerySet:
+        """Return the models that the principal may know of."""
+        return self if principal.may(Action.READ_MODELS) or principal.may(Action.GENERATE) else self.none()
+
+
+class InstalledModel(models.Model):
+    """A model on disk. Field names follow LM Studio's REST v1; ``key`` is what API clients send as ``model``."""
+
+    class Type(models.TextChoices):
+        LLM = "llm", "LLM"
+        EMBEDDING = "embedding", "Embedding"
+
+    key = models.CharField(max_length=512, unique=True)
+    type = models.CharField(max_length=16, choices=Type.choices, default=Type.LLM)
+    publisher = models.CharField(max_length=255)
+    display_name = models.CharField(max_length=255)
+    description = models.TextField(blank=True)
+    architecture = models.CharField(max_length=64)
+    quantization = models.CharField(max_length=32, blank=True)
+    bits_per_weight = models.FloatField(null=True)
+    params_string = models.CharField(max_length=32, blank=True)
+    size_bytes = models.BigIntegerField()
+    max_context_length = models.PositiveIntegerField()
+    format = models.CharField(max_length=16, default="gguf")
+    capabilities = models.JSONField(default=dict)
+    path = models.CharField(max_length=1024, unique=True, help_text="Relative to the models directory: publisher/name/file.gguf.")
+    chat_template = models.TextField(blank=True)
+    imported_by = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="+")
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    objects: ClassVar[InstalledModelQuerySet] = InstalledModelQuerySet.as_manager()  # type: ignore[assignment]
+
+    class Meta:
+        ordering: ClassVar[list[str]] = ["key"]
+
+    def __str__(self) -> str:
+        return self.key
+
+    @property
+    def file(self) -> Path:
+        """Return the absolute path of the (first) weights file."""
+        return Path(settings.MODELS_DIR) / self.path
+
+
+class ModelInstance(models.Model):
+    """A model in the memory of one node; the row lives exactly as long as its runner process (or its attempt to load).
+
+    loading -> ready -> unloading -> (row deleted);  loading -> failed
+    """
+
+    class Status(models.TextChoices):
+        LOADING = "loading", "Loading"
+        READY = "ready", "Ready"
+        UNLOADING = "unloading", "Unloading"
+        FAILED = "failed", "Failed"
+
+    identifier = models.CharField(max_length=512, help_text="What requests may name instead of the model's key.")
+    model = models.ForeignKey(InstalledModel, on_delete=models.CASCADE, related_name="instances")
+    node = models.ForeignKey(WorkerNode, on_delete=models.CASCADE, related_name="instances")
+    status = models.CharField(max_length=16, choices=Status.choices, default=Status.LOADING)
+    progress = models.FloatField(default=0.0)
+    error = models.TextField(blank=True)
+    config = models.JSONField(default=dict, help_text="The LoadConfig in force, with the sizes that the engine reported.")
+    memory_bytes = models.BigIntegerField(null=True)
+    jit = models.BooleanField(default=False, help_text="Loaded by a request, not by a person: subject to the idle TTL.")
+    created_at = models.DateTimeField(auto_now_add=True)
+    last_used_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["node", "identifier"], name="one_identifier_per_node"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.identifier} on {self.node_id}"
+
+
+class GenerationQuerySet(models.QuerySet["Generation"]):
+    """Queries over generations."""
+
+    def visible_to(self, principal: Principal) -> GenerationQuerySet:
+        """Return the generations of this person; a token sees those that it started itself."""
+        mine = self.filter(user=principal.user)
+        return mine.filter(token=principal.token) if principal.token else mine
+
+    def unfinished(self) -> GenerationQuerySet:
+        """Return those that still wait or run."""
+        return self.filter(status__in=[Generation.Status.QUEUED, Generation.Status.RUNNING])
+
+
+class Generation(models.Model):
+    """One request to a model, from every door.
+
+    queued -> running -> completed | cancelled | failed
+    running -> queued            (its worker died; it continues from the last stored token, at most ``MAX_RESUMES`` times)
+
+    ``content``, ``reasoning``, ``output_tokens`` and ``seq`` are saved together about once a second while it runs, so that they
+    always describe the same moment; entries of the stream after ``seq`` are newer than the row.
+    """
+
+    class Status(models.TextChoices):
+        QUEUED = "queued", "Queued"
+        RUNNING = "running", "Running"
+        COMPLETED = "completed", "Completed"
+        CANCELLED = "cancelled", "Cancelled"
+        FAILED = "failed", "Failed"
+
+    TERMINAL: ClassVar[frozenset[str]] = frozenset({Status.COMPLETED, Status.CANCELLED, Status.FAILED})
+    MAX_RESUMES: ClassVar[int] = 2
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    user = models.ForeignKey(User, on_delete=models.CASCADE, related_name="generations")
+    token = models.ForeignKey(ApiToken, null=True, on_delete=models.SET_NULL, related_name="+")
+    source = models.CharField(max_length=32, help_text="Which door: chat, openai, ...")
+    model = models.ForeignKey(InstalledModel, null=True, on_delete=models.SET_NULL, related_name="+")
+    model_key = models.CharField(max_length=512)
+    request = models.JSONField(help_text="workers.schemas.GenerationRequest")
+    status = models.CharField(max_length=16, choices=Status.choices, default=Status.QUEUED)
+    cancel_requested = models.BooleanField(default=False)
+
+    node = models.CharField(max_length=100, blank=True, help_text="The node that it was sent to or runs on.")
+    incarnation = models.UUIDField(null=True)
+    lease_until = models.DateTimeField(null=True)
+    resumes = models.PositiveSmallIntegerField(default=0)
+
+    seq = models.PositiveIntegerField(default=0)
+    content = models.TextField(blank=True)
+    reasoning = models.TextField(blank=True)
+    output_tokens = ArrayField(models.IntegerField(), default=list)
+    stats = models.JSONField(default=dict)
+    error_code = models.CharField(max_length=64, blank=True)
+    error_message = models.TextField(blank=True)
+
+    created_at = models.DateTimeField(auto_now_add=True)
+    started_at = models.DateTimeField(null=True)
+    finished_at = models.DateTimeField(null=True)
+
+    objects: ClassVar[GenerationQuerySet] = GenerationQuerySet.as_manager()  # type: ignore[assignment]
+
+    class Meta:
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["status", "lease_until"], name="generation_unfinished", condition=Q(status__in=["queued", "running"])),
+            models.Index(fields=["user", "-created_at"], name="generation_by_user"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.model_key} {self.status}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing will be added any more."""
+        return self.status in self.TERMINAL
+
+    def state(self) -> dict[str, Any]:
+        """Return what a viewer needs to show this generation as of ``seq``."""
+        return {
+            "id": str(self.id),
+            "status": self.status,
+            "seq": self.seq,
+            "content": self.content,
+            "reasoning": self.reasoning,
+            "stats": self.stats,
+            "error": {"code": self.error_code, "message": self.error_message} if self.error_code else None,
+        }

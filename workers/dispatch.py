@@ -1,0 +1,55 @@
+"""Sending work to the nodes: the only module that publishes Celery messages and control commands for models.
+
+Tasks are named, not imported, so that the web process never loads the runtime. Arguments are ids only.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from workers.models import WorkerNode
+
+logger = logging.getLogger(__name__)
+
+GENERATE = "workers.tasks.generate"
+LOAD = "workers.tasks.load_model"
+UNLOAD = "workers.tasks.unload_model"
+CANCEL = "cancel_generation"
+
+
+def choose_node(model_id: int) -> WorkerNode | None:
+    """Return the node to run this model on: one that has it in memory, else the one with most free memory; None if no node lives."""
+    nodes = list(WorkerNode.objects.alive().prefetch_related("instances"))  # type: ignore[attr-defined]
+    if not nodes:
+        return None
+
+    def rank(node: WorkerNode) -> tuple[bool, int]:
+        loaded = any(i.model_id == model_id and i.status in {"ready", "loading"} for i in node.instances.all())
+        return loaded, node.free_memory_bytes
+
+    return max(nodes, key=rank)
+
+
+def send(task: str, node: str, *args: str | int) -> bool:
+    """Publish a task to a node's queue. Returns False when the broker is away; the reaper sends unfinished rows again."""
+    from lmweb.celery import app
+
+    try:
+        app.send_task(task, args=args, queue=f"gpu.{node}", ignore_result=True)
+    except (OperationalError, RedisError, OSError) as error:
+        logger.warning("could not send %s%s: %s", task, args, error)
+        return False
+    return True
+
+
+def broadcast_cancel(generation_id: str) -> None:
+    """Tell every node at once to stop a generation. The row's ``cancel_requested`` flag covers a lost message."""
+    from lmweb.celery import app
+
+    try:
+        app.control.broadcast(CANCEL, arguments={"generation_id": generation_id})
+    except (OperationalError, RedisError, OSError) as error:
+        logger.warning("could not broadcast the end of %s: %s", generation_id, error)

@@ -1,0 +1,171 @@
+"""The one event vocabulary of a generation: LM Studio's documented streaming events plus ``queue.update`` and ``generation.snapshot``.
+
+A runner emits these structs, the worker stores them in the Redis Stream of the generation (one entry per engine step),
+and every viewer (browser, SSE of each API dialect) translates them at the edge. Source of the names and fields: LM Studio's
+REST v1 documentation, "Streaming events".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Event(msgspec.Struct, frozen=True, tag_field="type", omit_defaults=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all events; ``type`` in the encoded form tells which."""
+
+
+class ChatStart(Event, tag="chat.start"):
+    """The first event of a stream."""
+
+    model_instance_id: str
+
+
+class QueueUpdate(Event, tag="queue.update"):
+    """Where the generation stands: ``position`` 0 means next; ``eta_seconds`` is absent while unknown."""
+
+    position: int
+    reason: str
+    eta_seconds: float | None = None
+
+
+class ModelLoadStart(Event, tag="model_load.start"):
+    """The model has to be loaded first."""
+
+    model_instance_id: str
+
+
+class ModelLoadProgress(Event, tag="model_load.progress"):
+    """``progress`` is a fraction between 0 and 1."""
+
+    model_instance_id: str
+    progress: float
+
+
+class ModelLoadEnd(Event, tag="model_load.end"):
+    """The model is ready."""
+
+    model_instance_id: str
+    load_time_seconds: float
+
+
+class PromptProcessingStart(Event, tag="prompt_processing.start"):
+    """Prefill begins."""
+
+
+class PromptProcessingProgress(Event, tag="prompt_processing.progress"):
+    """``progress`` is a fraction between 0 and 1 of the prompt's tokens."""
+
+    progress: float
+
+
+class PromptProcessingEnd(Event, tag="prompt_processing.end"):
+    """The whole prompt is in the KV cache."""
+
+
+class ReasoningStart(Event, tag="reasoning.start"):
+    """The model begins to think."""
+
+
+class ReasoningDelta(Event, tag="reasoning.delta"):
+    """More reasoning text."""
+
+    content: str
+
+
+class ReasoningEnd(Event, tag="reasoning.end"):
+    """The model has thought."""
+
+
+class MessageStart(Event, tag="message.start"):
+    """The answer begins."""
+
+
+class MessageDelta(Event, tag="message.delta"):
+    """More text of the answer."""
+
+    content: str
+
+
+class MessageEnd(Event, tag="message.end"):
+    """The answer is complete."""
+
+
+class Snapshot(Event, tag="generation.snapshot"):
+    """All text so far; replaces what a viewer has. Sent when a stream was lost and the row took its place."""
+
+    content: str
+    reasoning: str = ""
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What went wrong; ``code`` is that of a class in ``lmweb.errors``."""
+
+    code: str
+    message: str
+    param: str | None = None
+    details: dict[str, Any] = {}
+
+
+class Error(Event, tag="error"):
+    """The generation failed; ``chat.end`` with the text so far still follows."""
+
+    error: ErrorInfo
+
+
+class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """Token counts and timings of one generation, named as in LM Studio's REST v1; times in seconds."""
+
+    input_tokens: int = 0
+    total_output_tokens: int = 0
+    reasoning_output_tokens: int = 0
+    cached_input_tokens: int = 0
+    tokens_per_second: float = 0.0
+    time_to_first_token_seconds: float = 0.0
+    generation_time_seconds: float = 0.0
+    model_load_time_seconds: float | None = None
+    stop_reason: str = ""
+
+
+class OutputItem(msgspec.Struct, frozen=True, kw_only=True):
+    """One part of the result: ``type`` is ``reasoning`` or ``message``."""
+
+    type: str
+    content: str
+
+
+class Result(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """The aggregated answer in ``chat.end``."""
+
+    model_instance_id: str
+    output: list[OutputItem]
+    stats: Stats
+    response_id: str | None = None
+
+
+class ChatEnd(Event, tag="chat.end"):
+    """The last event of every stream, also of failed and cancelled ones."""
+
+    result: Result
+    status: str = "completed"
+
+
+AnyEvent = (
+    ChatStart | QueueUpdate | ModelLoadStart | ModelLoadProgress | ModelLoadEnd | PromptProcessingStart | PromptProcessingProgress
+    | PromptProcessingEnd | ReasoningStart | ReasoningDelta | ReasoningEnd | MessageStart | MessageDelta | MessageEnd | Snapshot
+    | Error | ChatEnd
+)  # fmt: skip
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(list[AnyEvent])
+
+
+def encode_events(events: list[AnyEvent]) -> bytes:
+    """Return the events of one engine step as a JSON array."""
+    return _encoder.encode(events)
+
+
+def decode_events(data: bytes | str) -> list[AnyEvent]:
+    """Parse ``encode_events``'s output. Raises ``msgspec.ValidationError`` for anything outside the vocabulary."""
+    return _decoder.decode(data)

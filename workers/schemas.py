@@ -1,0 +1,81 @@
+"""The one native generation request and the load configuration. Every API dialect and the chat page translate into these."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_LOGIT_BIAS = 1024
+
+
+class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One turn of the conversation, in plain text."""
+
+    role: Role
+    content: str
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How the next token is chosen. Names as in OpenAI's API and LM Studio; defaults are LM Studio's.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 turns top-k off, ``top_p`` 1 and ``min_p`` 0 likewise; ``repeat_penalty`` 1 and
+    ``presence_penalty``/``frequency_penalty`` 0 turn the penalties off. ``seed`` None draws one. ``logit_bias`` maps token ids to
+    an additive bias. ``max_tokens`` None means up to the end of the context. ``ignore_eos`` keeps generating past
+    end-of-sequence (for measuring).
+    """
+
+    temperature: Annotated[float, Meta(ge=0.0, le=5.0)] = 0.8
+    top_k: Annotated[int, Meta(ge=0, le=1_000_000)] = 40
+    top_p: Fraction = 0.95
+    min_p: Fraction = 0.05
+    repeat_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] = 1.1
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=MAX_LOGIT_BIAS)] = {}
+    max_tokens: Annotated[int, Meta(ge=1, le=10_000_000)] | None = None
+    stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]], Meta(max_length=MAX_STOP_STRINGS)] = []
+    ignore_eos: bool = False
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What is asked of a model: ``model`` is a key or an instance identifier."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=512)]
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=10_000)]
+    sampling: SamplingParams = SamplingParams()
+    template_kwargs: dict[str, Any] = {}
+
+
+class LoadConfig(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How a model is loaded. Names as in LM Studio's REST v1 ``models/load``.
+
+    ``context_length`` is in tokens, shared by all ``parallel`` sequences; None takes the model's own, up to the
+    installation's default. ``eval_batch_size`` is the number of prompt tokens per step at most. ``gpu_layers`` -1 means all.
+    ``cpu_threads`` 0 means the installation's default.
+    """
+
+    context_length: Annotated[int, Meta(ge=16, le=16_777_216)] | None = None
+    eval_batch_size: Annotated[int, Meta(ge=32, le=16_384)] = 512
+    parallel: Annotated[int, Meta(ge=1, le=256)] = 16
+    flash_attention: bool | None = None
+    gpu_layers: Annotated[int, Meta(ge=-1, le=100_000)] = -1
+    cpu_threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+
+
+def request_to_builtins(request: GenerationRequest) -> dict[str, Any]:
+    """Return the request as JSON-serialisable data, for the ``Generation`` row."""
+    data: dict[str, Any] = msgspec.to_builtins(request, str_keys=True)
+    return data
+
+
+def request_from_builtins(data: dict[str, Any]) -> GenerationRequest:
+    """Rebuild a stored request. Raises ``msgspec.ValidationError`` for data that is not one."""
+    return msgspec.convert(data, GenerationRequest, strict=False)
