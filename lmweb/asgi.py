@@ -6,15 +6,15 @@ import os
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "lmweb.settings")
 
-from django.core.asgi import get_asgi_application  # noqa: E402  (needs the variable above)
+from django.core.asgi import get_asgi_application  # needs the variable above
 
 django_application = get_asgi_application()
 
-from channels.auth import AuthMiddlewareStack  # noqa: E402  (needs the applications to be set up)
-from channels.routing import ProtocolTypeRouter, URLRouter  # noqa: E402
-from channels.security.websocket import AllowedHostsOriginValidator  # noqa: E402
+from channels.auth import AuthMiddlewareStack  # needs the applications to be set up
+from channels.routing import ProtocolTypeRouter, URLRouter
+from channels.security.websocket import AllowedHostsOriginValidator
 
-from lmweb.routing import websocket_urlpatterns  # noqa: E402
+from lmweb.routing import websocket_urlpatterns
 
 application = ProtocolTypeRouter(
     {

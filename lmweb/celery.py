@@ -12,7 +12,7 @@ from celery import Celery
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "lmweb.settings")
 
-from django.conf import settings  # noqa: E402  (needs the variable above)
+from django.conf import settings  # needs the variable above
 
 app = Celery("lmweb")
 app.conf.update(

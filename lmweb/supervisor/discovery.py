@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 from pathlib import Path
+from typing import Any
 
 from lmweb import env
 
@@ -26,13 +27,29 @@ def services_file(data_dir: Path) -> Path:
 
 def service_urls(data_dir: Path) -> tuple[str, str]:
     """Return the database URL and the Redis URL; placeholders that refuse connections when nothing runs."""
-    try:
-        found: dict[str, str] = json.loads(services_file(data_dir).read_text())
-    except (OSError, ValueError):
-        found = {}
+    found = read(data_dir)
     database = env.text("DATABASE_URL") or found.get("database_url") or NO_DATABASE
     redis = env.text("REDIS_URL") or found.get("redis_url") or NO_REDIS
     return database, redis
+
+
+def read(data_dir: Path) -> dict[str, Any]:
+    """Return what the running instance says about itself; empty when nothing runs."""
+    try:
+        found = json.loads(services_file(data_dir).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write(data_dir: Path, facts: dict[str, Any]) -> None:
+    """Replace what the running instance says about itself, in one step and readable by nobody else."""
+    file = services_file(data_dir)
+    fresh = file.with_suffix(".new")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as handle:
+        json.dump(facts, handle, indent=1)
+    fresh.replace(file)
 
 
 def secret_key(data_dir: Path) -> str:

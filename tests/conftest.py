@@ -1,0 +1,115 @@
+"""What all tests share: real PostgreSQL and Valkey in a temporary data directory, people, and the starter model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import django
+import pytest
+
+from lmweb.supervisor import discovery, embedded
+from lmweb.supervisor.identity import die_with_parent
+
+if TYPE_CHECKING:
+    from lmweb.models import User
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PASSWORD = "a-long-test-password"
+
+_processes: list[tuple[embedded.Service, subprocess.Popen[bytes]]] = []
+_data_dir: Path | None = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the services and point the settings at them, before pytest-django reads the settings."""
+    global _data_dir
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.settings"
+    if config.option.help or config.option.version or config.option.collectonly:
+        django.setup()
+        return
+    _data_dir = Path(tempfile.mkdtemp(prefix="lmweb-test-"))
+    for name in ("DATABASE_URL", "REDIS_URL", "LMWEB_SECRET_KEY"):
+        os.environ.pop(name, None)
+    os.environ["LMWEB_DATA_DIR"] = str(_data_dir)
+    urls = []
+    for make in (embedded.postgres, embedded.valkey):
+        service, url = make(_data_dir, durable=False)
+        _start(service, _data_dir)
+        urls.append(url)
+    discovery.write(_data_dir, {"database_url": urls[0], "redis_url": urls[1]})
+    django.setup()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the services and remove their data."""
+    for service, process in reversed(_processes):
+        process.send_signal(signal.SIGQUIT if service.name == "postgres" else signal.SIGKILL)
+        process.wait(20)
+    _processes.clear()
+    if _data_dir is not None:
+        shutil.rmtree(_data_dir, ignore_errors=True)
+
+
+def _start(service: embedded.Service, data_dir: Path) -> None:
+    with (data_dir / f"{service.name}.log").open("wb") as log:
+        process = subprocess.Popen(
+            service.argv, stdout=log, stderr=log, cwd=tempfile.gettempdir(), preexec_fn=die_with_parent(service.death_signal)
+        )
+    _processes.append((service, process))
+    deadline = time.monotonic() + 30
+    while not service.ready(process.pid):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise pytest.UsageError(f"{service.name} did not start:\n{(data_dir / f'{service.name}.log').read_text()}")
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def services_dir() -> Path:
+    """Return the data directory of this test run."""
+    assert _data_dir is not None
+    return _data_dir
+
+
+@pytest.fixture(scope="session")
+def starter_gguf() -> Path:
+    """Return the starter model that ships with the product."""
+    return REPOSITORY / "models_app" / "starter" / "lmweb-starter.gguf"
+
+
+def _person(name: str, role: str) -> User:
+    from lmweb.models import User
+
+    return User.objects.create_user(name, password=PASSWORD, role=role)
+
+
+@pytest.fixture
+def admin(db: None) -> User:
+    """Return somebody who manages the installation."""
+    from lmweb.models import User
+
+    return User.objects.create_superuser("admin", password=PASSWORD)
+
+
+@pytest.fixture
+def owner(db: None) -> User:
+    """Return the member whose things a test makes."""
+    return _person("owner", "member")
+
+
+@pytest.fixture
+def teammate(db: None) -> User:
+    """Return another member, who may see what is shared and nothing else."""
+    return _person("teammate", "member")
+
+
+@pytest.fixture
+def stranger(db: None) -> User:
+    """Return somebody with an account and no rights beyond looking at models."""
+    return _person("stranger", "viewer")

@@ -1,0 +1,11 @@
+"""The product's settings with what tests want different: cheap password hashes and static files without a manifest."""
+
+from __future__ import annotations
+
+from lmweb.settings import *  # noqa: F403
+
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+STORAGES = {
+    "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+    "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
+}
