@@ -56,7 +56,7 @@ class Message(models.Model):
     chat = models.ForeignKey(Chat, on_delete=models.CASCADE, related_name="messages")
     parent = models.ForeignKey("self", null=True, on_delete=models.CASCADE, related_name="children")
     role = models.CharField(max_length=16, choices=Role.choices)
-    content = models.TextField(null=True, help_text="Null: the generation's text.")  # noqa: DJ001  (null is not empty here)
+    content = models.TextField(null=True, help_text="Null: the generation's text.")
     generation = models.OneToOneField(Generation, null=True, on_delete=models.RESTRICT, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
 

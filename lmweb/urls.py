@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
-from django.urls import URLPattern, URLResolver
+from django.contrib.auth.views import LogoutView
+from django.urls import URLPattern, URLResolver, include, path
 
-urlpatterns: list[URLPattern | URLResolver] = []
+from lmweb import views
+
+urlpatterns: list[URLPattern | URLResolver] = [
+    path("", include("chat.urls")),
+    path("setup/<str:secret>", views.set_up, name="set-up"),
+    path("sign-in", views.SignInView.as_view(), name="sign-in"),
+    path("sign-out", LogoutView.as_view(), name="sign-out"),
+    path("password", views.PasswordView.as_view(), name="password"),
+]
+
+handler400 = "lmweb.views.bad_request"
+handler403 = "lmweb.views.forbidden"
+handler404 = "lmweb.views.not_found"
+handler500 = "lmweb.views.server_error"
