@@ -94,14 +94,7 @@ _KEPT_LISTS: Final = (".attention.head_count", ".attention.head_count_kv")
 
 _ARCHITECTURE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _SIZE_LABEL = re.compile(r"[0-9][0-9A-Za-z.x-]{0,31}")
-_EMBEDDING  # Only these are kept, so that a header full of long texts or lists costs time but no memory.
-_KEPT_TEXTS: Final = {
-    "general.architecture", "general.description", "general.license", "general.name", "general.organization", "general.size_label",
-    "general.type", "tokenizer.chat_template",
-}  # fmt: skip
-_KEPT_LISTS: Final = (".attention.head_count", ".attention.head_count_kv")
-
-_ARCHITECTURE = re.compile(r"(.+-)?bert(-.+)?|eurobert|t5encoder|gemma-embedding|llama-embed")
+_EMBEDDING_ARCHITECTURE = re.compile(r"(.+-)?bert(-.+)?|eurobert|t5encoder|gemma-embedding|llama-embed")
 
 Scalar = int | float | bool | str
 
@@ -185,7 +178,7 @@ def read_header(stream: BinaryIO) -> Header:
     size = stream.seek(0, os.SEEK_END)
     try:
         return _parse(_Cursor(stream, size, size))
-    except _NotYetThere:  # cannot happen: all of the file is there
+    except _IncompleteError:  # cannot happen: all of the file is there
         raise InvalidModelFile("The file ends within its header.") from None
 
 
@@ -199,7 +192,7 @@ def check_beginning(path: Path, total_size: int) -> bool:
         with path.open("rb") as stream:
             available = min(os.fstat(stream.fileno()).st_size, total_size)
             describe(_parse(_Cursor(stream, total_size, available)), total_size)
-    except _NotYetThere:
+    except _IncompleteError:
         return False
     except OSError as error:
         raise InvalidModelFile(f"The file cannot be read: {error.strerror or error}.") from None
@@ -209,7 +202,7 @@ def check_beginning(path: Path, total_size: int) -> bool:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class _NotYetThere(Exception):
+class _IncompleteError(Exception):
     """More bytes are needed than have arrived so far."""
 
 
@@ -275,7 +268,7 @@ class _Cursor:
         if end > MAX_HEADER_BYTES:
             raise InvalidModelFile(f"The file's header is larger than {MAX_HEADER_BYTES >> 20} MiB.")
         if end > self._available:
-            raise _NotYetThere
+            raise _IncompleteError
 
     def _refill(self, count: int) -> None:
         self._stream.seek(self._at)
