@@ -11,7 +11,7 @@ from django.core.exceptions import ValidationError
 from lmweb.models import User
 
 
-class SetupForm(forms.ModelForm[User]):
+class SetupForm(forms.ModelForm):  # type: ignore[type-arg]  # no parameter at run time
     """Name and password of the first admin."""
 
     password = forms.CharField(
