@@ -1,0 +1,202 @@
+"""Puts model files into the models directory and takes them out again.
+
+A file appears under its final name complete or not at all: it is brought in under a temporary name on the same file system,
+checked, and renamed. When anything fails, a file that was to be moved is back where it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, Self
+
+from django.conf import settings
+
+from lmweb.errors import Conflict, InvalidModelFile, InvalidRequest
+
+#: Left free on the disk for the database and logs.
+RESERVED_BYTES: Final = 256 * 1024 * 1024
+_COPY_BYTES: Final = 8 * 1024 * 1024
+
+Progress = Callable[[int, int], None]
+
+
+class Mode(StrEnum):
+    """How a file comes into the models directory."""
+
+    MOVE = "move"
+    COPY = "copy"
+    HARD_LINK = "hard-link"
+    SYMBOLIC_LINK = "symbolic-link"
+
+
+def models_dir() -> Path:
+    """Return the models directory, made if it is not there yet, without symbolic links."""
+    directory = Path(settings.MODELS_DIR)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory.resolve()
+
+
+def require_free_space(needed_bytes: int) -> None:
+    """Raise ``Conflict`` unless the disk of the models directory has room for so many bytes more."""
+    free = max(0, shutil.disk_usage(models_dir()).free - RESERVED_BYTES)
+    if needed_bytes > free:
+        raise Conflict(
+            f"There is not enough space on the disk: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free.",
+            details={"needed_bytes": needed_bytes, "free_bytes": free},
+        )
+
+
+def check_source(path: Path, mode: Mode) -> Path:
+    """Return the absolute path of a file to import. Raises ``InvalidRequest`` if it is none that ``mode`` can take."""
+    path = path.expanduser().absolute()
+    try:
+        if path.is_symlink() and mode is Mode.MOVE:
+            raise InvalidRequest(f"{path} is a symbolic link. Use --copy, --hard-link or --symbolic-link.", param="file")
+        source = path.resolve(strict=True)
+        kind = source.stat().st_mode
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InvalidRequest(f"{path} cannot be read: {reason}.", param="file") from None
+    if not stat.S_ISREG(kind):
+        raise InvalidRequest(f"{path} is not a file.", param="file")
+    if source.is_relative_to(models_dir()) and mode is not Mode.MOVE:
+        raise InvalidRequest(f"{path} lies in the models directory already.", param="file")
+    return source
+
+
+def _make_folder(folder: Path) -> None:
+    """Make publisher/name. Raises ``InvalidRequest`` if that would lead out of the models directory through a symbolic link."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"The folder {folder} cannot be made: {error.strerror}.", param="user_repo") from None
+    if folder.resolve() != folder:
+        raise InvalidRequest("The folder of this name is a symbolic link; models are stored in real folders only.", param="user_repo")
+
+
+@dataclass
+class Incoming:
+    """A file on its way in. Use as a context manager: whatever is not published is undone at the end."""
+
+    source: Path
+    mode: Mode
+    progress: Progress | None = None
+    path: Path = field(init=False)
+    _target: Path | None = field(default=None, init=False)
+    _published: bool = field(default=False, init=False)
+    _copied: bool = field(default=False, init=False)
+    _done: bool = field(default=False, init=False)
+
+    def __enter__(self) -> Self:
+        """Bring the file in under a temporary name. Raises ``Conflict`` without space, ``InvalidRequest`` if a link cannot be made."""
+        folder = models_dir() / ".incoming"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.path = folder / uuid.uuid4().hex
+        try:
+            self._bring()
+        except OSError as error:
+            self._undo()
+            raise self._explain(error) from None
+        except BaseException:
+            self._undo()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Undo everything unless ``finish`` was called."""
+        if not self._done:
+            self._undo()
+
+    def publish(self, relative: str) -> None:
+        """Give the file its final name. Raises ``Conflict`` if there is a file already; it is never overwritten."""
+        self._target = models_dir() / relative
+        _make_folder(self._target.parent)
+        if os.path.lexists(self._target):
+            raise Conflict(f"There is already a file {self._target}. Remove it or choose another name.", param="user_repo")
+        try:
+            self.path.rename(self._target)
+        except OSError as error:
+            raise self._explain(error) from None
+        self._published = True
+
+    def finish(self) -> None:
+        """Keep the file: the row that names it is stored. A file that was moved by copying disappears from where it was."""
+        self._done = True
+        if self.mode is Mode.MOVE and self._copied:
+            self.source.unlink(missing_ok=True)
+
+    def _bring(self) -> None:
+        if self.mode is Mode.HARD_LINK:
+            os.link(self.source, self.path)
+        elif self.mode is Mode.SYMBOLIC_LINK:
+            self.path.symlink_to(self.source)
+        elif self.mode is Mode.COPY:
+            self._copy()
+        else:
+            self._move()
+
+    def _move(self) -> None:
+        try:
+            self.source.rename(self.path)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self._copy()
+
+    def _copy(self) -> None:
+        self._copied = True
+        total = self.source.stat().st_size
+        require_free_space(total)
+        done = 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with self.source.open("rb") as reader, os.fdopen(os.open(self.path, flags, 0o644), "wb") as writer:
+            while chunk := reader.read(_COPY_BYTES):
+                writer.write(chunk)
+                done += len(chunk)
+                if self.progress:
+                    self.progress(done, total)
+            writer.flush()
+            os.fsync(writer.fileno())
+
+    def _undo(self) -> None:
+        here = self._target if self._published and self._target else self.path
+        if self.mode is Mode.MOVE and not self._copied:
+            if here.exists() and not self.source.exists():
+                here.rename(self.source)
+        else:
+            here.unlink(missing_ok=True)
+        if self._target:
+            remove_empty_folders(self._target)
+
+    def _explain(self, error: OSError) -> InvalidRequest | InvalidModelFile | Conflict:
+        if error.errno == errno.ENOSPC:
+            return Conflict("The disk became full while the file was copied. Nothing was imported.")
+        if self.mode is Mode.HARD_LINK and error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            return InvalidRequest("A hard link to this file is not possible (another disk or owner). Use --copy or --symbolic-link.")
+        return InvalidRequest(f"The file could not be brought into the models directory: {error.strerror}.", param="file")
+
+
+def remove_file(path: Path) -> None:
+    """Delete a stored model's file (of a linked one the link only) and the folders that became empty."""
+    path.unlink(missing_ok=True)
+    remove_empty_folders(path)
+
+
+def remove_empty_folders(path: Path) -> None:
+    """Remove the folders of a file that is gone, as far as they are empty and below the models directory."""
+    root = models_dir()
+    for folder in list(path.parents)[:2]:
+        if folder == root or not folder.is_relative_to(root):
+            return
+        try:
+            folder.rmdir()
+        except OSError:
+            return

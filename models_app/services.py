@@ -1,0 +1,246 @@
+"""The writers of models on disk and in memory: pages, APIs and commands call these and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from django.conf import settings
+from django.db import IntegrityError, transaction
+from django.db.models import Count
+
+from lmweb.access import Action, Principal, require
+from lmweb.errors import Conflict, InvalidModelFile, InvalidRequest, ServiceUnavailable
+from models_app import gguf, naming, placement
+from models_app.models import Generation, InstalledModel, ModelInstance
+from models_app.placement import Mode
+from workers import dispatch
+from workers.models import WorkerNode
+from workers.schemas import LoadConfig
+
+logger = logging.getLogger(__name__)
+
+UNLOAD_WAIT_SECONDS: Final = 15.0
+
+STARTER_FILE: Final = Path(settings.BASE_DIR) / "models_app" / "starter" / "lmweb-starter.gguf"
+STARTER_USER_REPO: Final = "lmweb/starter"
+STARTER_DESCRIPTION: Final = "Starter: a few-MB demonstration model that knows lmweb's help and simple tasks; get a real model in Discover."
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def import_file(
+    *,
+    principal: Principal | None,
+    source: Path,
+    user_repo: str | None = None,
+    mode: Mode = Mode.MOVE,
+    original_name: str | None = None,
+    description: str | None = None,
+    progress: placement.Progress | None = None,
+) -> InstalledModel:
+    """Check a GGUF file and take it into the models directory as ``publisher/name/file.gguf``.
+
+    Args:
+        principal: who imports; None for the administrator at the command line.
+        source: the file; its name counts unless ``original_name`` is given.
+        user_repo: ``publisher/name``; None guesses it from the file.
+        mode: what happens to ``source``.
+        original_name: what the file was called where it came from.
+        description: shown with the model instead of what the file says about itself.
+        progress: called with bytes done and total while the file is copied.
+
+    Raises:
+        PermissionDenied, InvalidRequest, InvalidModelFile: with nothing stored and the file where it was.
+        Conflict: the model is there already, or the disk is full.
+    """
+    if principal:
+        require(principal, Action.IMPORT_MODELS)
+    source = placement.check_source(source, mode)
+    name = naming.file_name(original_name or source.name)
+    model = gguf.read_model(source)
+    publisher, repo = naming.parse_user_repo(user_repo) if user_repo else naming.guess_user_repo(name, model)
+    row = InstalledModel(
+        type=model.type,
+        publisher=publisher,
+        display_name=model.name or repo,
+        description=model.description if description is None else description,
+        architecture=model.architecture,
+        quantization=model.quantization,
+        bits_per_weight=model.bits_per_weight,
+        params_string=model.params_string,
+        size_bytes=model.size_bytes,
+        max_context_length=model.context_length,
+        capabilities=model.capabilities,
+        path=f"{publisher}/{repo}/{name}",
+        chat_template=model.chat_template,
+        imported_by=principal.user if principal else None,
+    )
+    row.key = free_key(publisher, repo, row.path, model.quantization)
+    with placement.Incoming(source, mode, progress) as incoming:
+        if gguf.read_model(incoming.path) != model:
+            raise InvalidModelFile("The file changed while it was imported. Nothing was stored.")
+        _store(row, incoming)
+    return row
+
+
+def free_key(publisher: str, repo: str, path: str, quantization: str) -> str:
+    """Return the key of a new model: ``publisher/name``, for a further quantization of the same name ``publisher/name@q4_k_m``.
+
+    Raises ``Conflict`` if this very model is installed.
+    """
+    key = naming.make_key(publisher, repo)
+    present = InstalledModel.objects.filter(path__iexact=path).first()
+    other = InstalledModel.objects.filter(key=key).first()
+    if other is not None and present is None:
+        variant = f"{key}@{quantization.lower()}"
+        if other.quantization != quantization and not InstalledModel.objects.filter(key=variant).exists():
+            return variant
+        present = other if other.quantization == quantization else InstalledModel.objects.get(key=variant)
+    if present is not None:
+        raise Conflict(
+            f"This model is already installed as {present.key} ({present.path}). Delete that one first, or choose another name.",
+            param="user_repo",
+            details={"key": present.key},
+        )
+    return key
+
+
+def _store(row: InstalledModel, incoming: placement.Incoming) -> None:
+    """Write the row and publish the file together: whichever fails takes the other back."""
+    try:
+        with transaction.atomic():
+            row.save(force_insert=True)  # first: the unique path keeps a second import of the same name away
+            incoming.publish(row.path)
+    except IntegrityError:
+        raise Conflict(f"{row.key} is being imported by somebody else at this moment.", param="user_repo") from None
+    incoming.finish()
+
+
+def delete_model(*, principal: Principal | None, model: InstalledModel) -> None:
+    """Unload a model everywhere and delete its row and file.
+
+    Raises ``PermissionDenied``, or ``Conflict`` while it is answering or if a worker does not let go of it in time.
+    """
+    if principal:
+        require(principal, Action.DELETE_MODELS)
+    _refuse_while_generating(model)
+    for instance in ModelInstance.objects.filter(model=model):
+        _unload(instance)
+    _wait_until_unloaded(model)
+    with transaction.atomic():
+        locked = InstalledModel.objects.select_for_update().filter(pk=model.pk).first()
+        if locked is None:
+            return
+        _refuse_while_generating(locked)
+        locked.delete()
+        try:  # before the commit: a file that cannot be deleted must not lose its row
+            placement.remove_file(locked.file)
+        except OSError as error:
+            raise Conflict(f"The file of {locked.key} cannot be deleted: {error.strerror}.") from None
+        if locked.key == STARTER_USER_REPO:
+            _starter_marker().touch()
+
+
+def _refuse_while_generating(model: InstalledModel) -> None:
+    running = Generation.objects.unfinished().filter(model=model).values("source").annotate(count=Count("pk")).order_by("source")
+    if what := ", ".join(f"{entry['count']} from {entry['source']}" for entry in running):
+        raise Conflict(f"{model.key} is answering requests right now ({what}). Stop them first, or try again when they have ended.")
+
+
+def _wait_until_unloaded(model: InstalledModel) -> None:
+    deadline = time.monotonic() + UNLOAD_WAIT_SECONDS
+    while ModelInstance.objects.filter(model=model).exists():
+        if time.monotonic() > deadline:
+            raise Conflict(f"{model.key} is still being unloaded. Try again in a moment.")
+        time.sleep(0.05)
+
+
+def ensure_starter(*, restore: bool = False) -> InstalledModel | None:
+    """Install the starter model unless it is there. Returns None if somebody deleted it, which is respected without ``restore``."""
+    present = InstalledModel.objects.filter(key=STARTER_USER_REPO).first()
+    if present is not None and present.file.is_file():
+        return present
+    if _starter_marker().exists() and not restore:
+        return None
+    if present is not None:
+        present.delete()
+    # A file without a row is left from a database that is gone; it would be in the way.
+    placement.remove_file(placement.models_dir() / STARTER_USER_REPO / STARTER_FILE.name)
+    model = import_file(principal=None, source=STARTER_FILE, user_repo=STARTER_USER_REPO, mode=Mode.COPY, description=STARTER_DESCRIPTION)
+    _starter_marker().unlink(missing_ok=True)
+    return model
+
+
+def _starter_marker() -> Path:
+    return placement.models_dir() / ".starter-deleted"
+
+
+# --- in memory --------------------------------------------------------------------------------------------------------
+
+
+def request_load(
+    *, principal: Principal | None, model: InstalledModel, config: LoadConfig | None = None, identifier: str | None = None
+) -> ModelInstance:
+    """Have a model loaded on the node that suits it best. Returns the row at once; its status tells how it goes on.
+
+    Raises ``PermissionDenied``, ``InvalidRequest`` for a context longer than the model's, ``Conflict`` for an identifier in use
+    and ``ServiceUnavailable`` when no worker runs.
+    """
+    if principal:
+        require(principal, Action.LOAD_MODELS)
+    config = config or LoadConfig()
+    if config.context_length is not None and config.context_length > model.max_context_length:
+        raise InvalidRequest(
+            f"{model.key} was made for at most {model.max_context_length} tokens of context, not {config.context_length}.",
+            param="context_length",
+        )
+    name = naming.check_identifier(identifier) if identifier else model.key
+    node = dispatch.choose_node(model.pk)
+    if node is None:
+        raise ServiceUnavailable("No worker is running that could load a model. Look at the server's terminal or log.")
+    try:
+        with transaction.atomic():
+            _require_free_identifier(name, model)
+            instance = ModelInstance.objects.create(identifier=name, model=model, node=node, config=msgspec.to_builtins(config))
+            transaction.on_commit(lambda: _send(dispatch.LOAD, instance))
+    except IntegrityError:
+        raise Conflict(f"'{name}' is loaded already.", param="identifier") from None
+    return instance
+
+
+def _require_free_identifier(name: str, model: InstalledModel) -> None:
+    """Raise ``Conflict`` if requests could not tell this identifier from another; an attempt that failed makes room."""
+    ModelInstance.objects.filter(identifier=name, status=ModelInstance.Status.FAILED).delete()
+    taken = ModelInstance.objects.filter(identifier=name).first()
+    if taken is not None:
+        state = "is loaded already" if taken.status == ModelInstance.Status.READY else f"is {taken.status} already"
+        raise Conflict(f"'{name}' {state}. Unload it first, or choose another identifier.", param="identifier")
+    if InstalledModel.objects.filter(key__iexact=name).exclude(pk=model.pk).exists():
+        raise Conflict(f"'{name}' is the name of another model. Choose another identifier.", param="identifier")
+
+
+def request_unload(*, principal: Principal | None, instance: ModelInstance) -> None:
+    """Have a loaded model unloaded; its row disappears when its process has ended. Raises ``PermissionDenied``."""
+    if principal:
+        require(principal, Action.LOAD_MODELS)
+    _unload(instance)
+
+
+def _unload(instance: ModelInstance) -> None:
+    """Ask the node to unload. Where no process can be left (a failed attempt, a dead node) the row goes at once."""
+    rows = ModelInstance.objects.filter(pk=instance.pk)
+    if instance.status == ModelInstance.Status.FAILED or not WorkerNode.objects.alive().filter(pk=instance.node_id).exists():
+        rows.delete()
+        return
+    rows.update(status=ModelInstance.Status.UNLOADING)
+    transaction.on_commit(lambda: _send(dispatch.UNLOAD, instance))
+
+
+def _send(task: str, instance: ModelInstance) -> None:
+    if not dispatch.send(task, instance.node_id, instance.pk):
+        logger.warning("%s of %s waits until the message broker is back", task, instance)
