@@ -7,8 +7,11 @@ Messages carry ids only, as JSON; the rows are the truth, so a message that Redi
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from celery import Celery
+from celery.beat import EmbeddedService
+from celery.signals import worker_ready
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "lmweb.settings")
 
@@ -16,7 +19,7 @@ from django.conf import settings  # needs the variable above
 
 app = Celery("lmweb")
 app.conf.update(
-    broker_url=settings.REDIS_URL,
+    broker_url=settings.REDIS_URL.replace("unix://", "redis+socket://", 1),  # kombu's name for a unix socket
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
     broker_transport_options={"socket_timeout": None, "socket_connect_timeout": 5, "health_check_interval": 0},
@@ -36,6 +39,12 @@ app.conf.update(
     beat_schedule={
         "reap": {"task": "workers.tasks.reap", "schedule": 3.0, "options": {"expires": 3.0}},
     },
-    beat_schedule_filename=str(settings.DATA_DIR / "run" / "beat"),
     imports=("workers.tasks",),
 )
+
+
+@worker_ready.connect
+def start_beat(sender: Any, **_: Any) -> None:
+    """Run the periodic tasks in a thread of the io worker. Celery's own ``-B`` forks a process, which outlives a killed worker."""
+    if sender.hostname.startswith("io@"):
+        EmbeddedService(app, thread=True, scheduler_cls="celery.beat:Scheduler").start()

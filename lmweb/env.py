@@ -34,8 +34,12 @@ VARIABLES: dict[str, Variable] = {
         Variable("LMWEB_DEBUG", "false", "Django's debug pages. Never on a shared machine."),
         Variable("LMWEB_LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR."),
         Variable("LMWEB_NODE_NAME", "", "Name of this machine among the workers. Default: the host name."),
-        Variable("LMWEB_CPU_THREADS", "0", "CPU threads per loaded model; 0 takes the physical cores, less one when there are more than two."),
-        Variable("LMWEB_CONTEXT_LENGTH", "8192", "Context length in tokens of a model that is loaded without one, at most the model's own."),
+        Variable(
+            "LMWEB_CPU_THREADS", "0", "CPU threads per loaded model; 0 takes the physical cores, less one when there are more than two."
+        ),
+        Variable(
+            "LMWEB_CONTEXT_LENGTH", "8192", "Context length in tokens of a model that is loaded without one, at most the model's own."
+        ),
         Variable("LMWEB_MAX_UPLOAD_GB", "200", "Largest model file that may be uploaded in the browser, in gigabytes."),
         Variable("LMWEB_STEP_LOG", "true", "Keep a bounded log of every engine step under logs/ in the data directory."),
     )

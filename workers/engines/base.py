@@ -1,0 +1,107 @@
+"""What an engine is: it holds one model and advances many sequences at once, one step at a time.
+
+The runner (``workers.runner``) owns requests, text and events; an engine knows tokens only. An engine module is imported
+only when it is chosen, so a library that is not installed costs nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from workers.schemas import LoadConfig, SamplingParams
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One generation inside an engine. Token ids only; times are ``time.perf_counter`` seconds.
+
+    Attributes:
+        id: the generation's id.
+        owner: whose it is; cached prefixes beyond ``shared_prefix`` are used for the same owner only.
+        prompt: the prompt's tokens.
+        shared_prefix: how many of them (the system prompt) may be shared between owners.
+        sampling: how tokens are chosen; the seed is always set.
+        limit: number of output tokens at most.
+        output: tokens sampled so far, also those of an interrupted earlier run.
+        cached: prompt tokens that came out of a cache.
+    """
+
+    id: str
+    owner: str
+    prompt: list[int]
+    shared_prefix: int
+    sampling: SamplingParams
+    limit: int
+    output: list[int] = field(default_factory=list)
+    cached: int = 0
+    submitted_at: float = field(default_factory=time.perf_counter)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Return prompt and output."""
+        return self.prompt + self.output
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What was really loaded: ``context_length`` per sequence, ``cells`` in all sequences together (tokens), sizes in bytes."""
+
+    context_length: int
+    cells: int
+    parallel: int
+    vocab_size: int
+    weights_bytes: int
+    eval_batch_size: int
+    chat_template: str
+    bos_text: str
+    eos_text: str
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step did: new tokens per sequence, prompt progress per sequence (tokens done), and counts for the step log."""
+
+    sampled: list[tuple[Sequence, list[int]]] = field(default_factory=list)
+    prefilled: list[tuple[Sequence, int]] = field(default_factory=list)
+    failed: list[tuple[Sequence, str]] = field(default_factory=list)
+    decode_sequences: int = 0
+    prefill_tokens: int = 0
+    seconds: float = 0.0
+
+
+class Engine(Protocol):
+    """A loaded model. All methods are called from one thread."""
+
+    info: EngineInfo
+
+    def tokenize(self, text: str, *, add_bos: bool) -> list[int]:
+        """Return the tokens of a text in which special tokens count as such."""
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; empty for control tokens."""
+
+    def is_end(self, token: int) -> bool:
+        """Return whether the token ends a generation."""
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. It is admitted, perhaps after others, in one of the next steps."""
+
+    def remove(self, sequence_id: str) -> None:
+        """Take a sequence out, finished or not; its slot is free at once. Unknown ids are ignored."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+
+    def step(self) -> StepResult:
+        """Admit what fits, compute one batch and sample."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+#: Loads a model file; reports the fraction that is read. Raises ``lmweb.errors.ModelLoadFailed``.
+Factory = Callable[[str, LoadConfig, Callable[[float], None]], Engine]

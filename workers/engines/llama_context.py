@@ -1,0 +1,188 @@
+"""A thin, safe layer over llama-cpp-python's low-level API: model, context, batch, KV operations. No policy."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from typing import Any
+
+import llama_cpp.llama_cpp as C
+import numpy as np
+from numpy.typing import NDArray
+
+from lmweb.errors import ModelLoadFailed
+
+GGML_LOG_LEVEL_ERROR = 4
+_PIECE_BYTES = 512
+
+
+class _Log:
+    """Keeps llama.cpp's last errors, which are the only explanation of a failed load."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.callback = C.llama_log_callback(self._write)
+
+    def _write(self, level: int, text: bytes, _data: Any) -> None:
+        if level == GGML_LOG_LEVEL_ERROR:
+            self.errors = [*self.errors[-4:], text.decode("utf-8", "replace").strip()]
+
+    def last(self) -> str:
+        return self.errors[-1] if self.errors else "the engine gave no reason"
+
+
+_log = _Log()
+
+
+class Model:
+    """Weights and vocabulary of one file."""
+
+    def __init__(self, path: str, *, gpu_layers: int, on_progress: Callable[[float], None]) -> None:
+        """Load the file. Raises ``ModelLoadFailed`` with the engine's own reason."""
+        C.llama_log_set(_log.callback, ctypes.c_void_p(0))
+        C.llama_backend_init()
+        params = C.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers if gpu_layers >= 0 else 999_999
+        # The callback must outlive the call; returning False would cancel the load.
+        self._progress = C.llama_progress_callback(lambda fraction, _data: on_progress(fraction) or True)
+        params.progress_callback = self._progress
+        self.handle = C.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.handle:
+            raise ModelLoadFailed(f"llama.cpp could not load the model: {_log.last()}")
+        self.vocab = C.llama_model_get_vocab(self.handle)
+        self.vocab_size = C.llama_vocab_n_tokens(self.vocab)
+        self.trained_context = C.llama_model_n_ctx_train(self.handle)
+        self.size_bytes = C.llama_model_size(self.handle)
+        self.can_cut = not (C.llama_model_is_recurrent(self.handle) or C.llama_model_is_hybrid(self.handle))
+        self._buffer = ctypes.create_string_buffer(_PIECE_BYTES)
+
+    def kv_bytes_per_token(self) -> int:
+        """Return the size of one token's keys and values at 16 bits, from the model's shape."""
+        heads = max(1, C.llama_model_n_head(self.handle))
+        width = C.llama_model_n_embd(self.handle) * max(1, C.llama_model_n_head_kv(self.handle)) // heads
+        return int(C.llama_model_n_layer(self.handle) * width * 2 * 2)
+
+    def metadata(self, key: str) -> str:
+        """Return a metadata value as text, empty if absent."""
+        size = C.llama_model_meta_val_str(self.handle, key.encode(), None, 0)
+        if size < 0:
+            return ""
+        buffer = ctypes.create_string_buffer(size + 1)
+        C.llama_model_meta_val_str(self.handle, key.encode(), buffer, size + 1)
+        return buffer.value.decode("utf-8", "replace")
+
+    def tokenize(self, text: str, *, add_bos: bool) -> list[int]:
+        """Return the tokens of a text; special tokens written in it count as such."""
+        raw = text.encode("utf-8", "replace")
+        size = len(raw) + 8
+        tokens = (C.llama_token * size)()
+        n = C.llama_tokenize(self.vocab, raw, len(raw), tokens, size, add_bos, True)
+        return list(tokens[:n])
+
+    def piece(self, token: int, *, special: bool) -> bytes:
+        """Return a token's bytes; ``special`` writes control tokens out too."""
+        n = C.llama_token_to_piece(self.vocab, token, self._buffer, _PIECE_BYTES, 0, special)
+        if n < 0:
+            size = -n
+            buffer = ctypes.create_string_buffer(size)
+            n = C.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            return buffer.raw[: max(n, 0)]
+        return self._buffer.raw[:n]
+
+    def token_text(self, token: int) -> str:
+        """Return the text of a special token such as BOS; empty for none."""
+        if token < 0:
+            return ""
+        text = C.llama_vocab_get_text(self.vocab, token)
+        return text.decode("utf-8", "replace") if text else ""
+
+    def close(self) -> None:
+        """Free the weights."""
+        C.llama_model_free(self.handle)
+
+
+class Context:
+    """The KV cache and compute state over a model, with its own batch arrays (pointers set once, filled through numpy)."""
+
+    def __init__(self, model: Model, *, cells: int, parallel: int, batch_tokens: int, threads: int, flash_attention: bool | None) -> None:
+        """Create the context. Raises ``ModelLoadFailed``, usually for lack of memory."""
+        params = C.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = cells, parallel
+        params.n_batch = params.n_ubatch = batch_tokens
+        params.n_outputs_max = parallel
+        params.n_threads = params.n_threads_batch = threads
+        params.kv_unified, params.swa_full, params.no_perf = True, True, True
+        params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
+        self.handle = C.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise ModelLoadFailed(f"llama.cpp could not create a context of {cells} tokens: {_log.last()}")
+        self._vocab_size = model.vocab_size
+        self._memory = C.llama_get_memory(self.handle)
+        self.tokens = np.zeros(batch_tokens, np.int32)
+        self.positions = np.zeros(batch_tokens, np.int32)
+        self.sequence_ids = np.zeros(batch_tokens, np.int32)
+        self.outputs = np.zeros(batch_tokens, np.int8)
+        self._batch = self._make_batch(batch_tokens)
+
+    def _make_batch(self, n: int) -> Any:
+        self._counts = np.ones(n, np.int32)
+        self._pointers = np.arange(n, dtype=np.uint64) * 4 + np.uint64(self.sequence_ids.ctypes.data)
+        batch = C.llama_batch()
+        batch.token = self.tokens.ctypes.data_as(ctypes.POINTER(C.llama_token))
+        batch.pos = self.positions.ctypes.data_as(ctypes.POINTER(C.llama_pos))
+        batch.n_seq_id = self._counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        batch.seq_id = self._pointers.ctypes.data_as(type(batch.seq_id))
+        batch.logits = self.outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        batch.embd = None
+        return batch
+
+    def decode(self, n: int) -> int:
+        """Compute the first ``n`` entries of the batch arrays. Returns 0, or 1 when the KV cache has no room (nothing changed).
+
+        Raises ``RuntimeError`` for a fatal engine error.
+        """
+        self._batch.n_tokens = n
+        code: int = C.llama_decode(self.handle, self._batch)
+        if code not in {0, 1}:
+            raise RuntimeError(f"llama_decode returned {code}: {_log.last()}")
+        return code
+
+    def logits(self, index: int) -> NDArray[np.float32]:
+        """Return the logits of a batch entry as a writable view, valid until the next ``decode``."""
+        pointer = C.llama_get_logits_ith(self.handle, index)
+        array: NDArray[np.float32] = np.ctypeslib.as_array(
+            (ctypes.c_float * self._vocab_size).from_address(ctypes.addressof(pointer.contents))
+        )
+        return array
+
+    def copy(self, source: int, target: int, n: int) -> None:
+        """Let ``target`` share the first ``n`` cells of ``source``."""
+        C.llama_memory_seq_cp(self._memory, source, target, 0, n)
+
+    def cut(self, sequence: int, start: int) -> bool:
+        """Remove the tokens from position ``start`` on. Returns False if this memory cannot be cut there."""
+        return bool(C.llama_memory_seq_rm(self._memory, sequence, start, -1))
+
+    def clear(self, sequence: int) -> None:
+        """Remove all tokens of a sequence."""
+        C.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def save(self, sequence: int) -> bytes:
+        """Return the state of a sequence."""
+        size = C.llama_state_seq_get_size(self.handle, sequence)
+        buffer = (ctypes.c_uint8 * size)()
+        n = C.llama_state_seq_get_data(self.handle, buffer, size, sequence)
+        return bytes(memoryview(buffer)[:n])
+
+    def restore(self, sequence: int, data: bytes) -> bool:
+        """Load a saved state into a free sequence. Returns False (and leaves it empty) when the cells do not suffice."""
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        if C.llama_state_seq_set_data(self.handle, buffer, len(data), sequence) == len(data):
+            return True
+        self.clear(sequence)
+        return False
+
+    def close(self) -> None:
+        """Free the context."""
+        C.llama_free(self.handle)

@@ -1,0 +1,247 @@
+"""The llama.cpp engine: GGUF models with continuous batching over one unified KV cache."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from workers.engines.base import EngineInfo, Sequence, StepResult
+from workers.engines.kv_park import MIN_TOKENS, KvPark, Parked
+from workers.engines.llama_context import Context, Model
+from workers.engines.llama_sampling import TokenSampler
+from workers.scheduler import Admission, Chunk, Scheduler, Slot
+from workers.schemas import LoadConfig
+
+import llama_cpp.llama_cpp as C  # isort: skip
+
+#: Cells beyond one full context, so that short requests run side by side, cost at most this much memory.
+EXTRA_CELLS_BYTES = 64 * 1024 * 1024
+#: While anybody decodes, a step that also takes in a prompt should not last longer than this, or than a few plain steps.
+TARGET_STEP_SECONDS = 0.08
+TARGET_STEP_FACTOR = 4.0
+#: Special tokens that parsers need to see in the text.
+VISIBLE_SPECIALS = {"<think>", "</think>"}
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Running estimates that size the prompt share of a step: seconds per prompt token, seconds of a step without prompts."""
+
+    per_prompt_token: float = 0.0
+    plain_step: float = 0.0
+
+    def budget(self) -> int:
+        """Return how many prompt tokens fit into a step beside decoding sequences."""
+        if not self.per_prompt_token:
+            return 64
+        target = max(TARGET_STEP_SECONDS, TARGET_STEP_FACTOR * self.plain_step)
+        return int(max(0.0, target - self.plain_step) / self.per_prompt_token)
+
+    def note(self, seconds: float, prefill_tokens: int, decoding: int) -> None:
+        """Learn from a step."""
+        if prefill_tokens >= 16:
+            rest = self.plain_step if decoding else 0.0
+            self.per_prompt_token = _blend(self.per_prompt_token, max(seconds - rest, seconds * 0.25) / prefill_tokens)
+        elif not prefill_tokens:
+            self.plain_step = _blend(self.plain_step, seconds)
+
+
+def _blend(old: float, new: float) -> float:
+    return new if not old else 0.7 * old + 0.3 * new
+
+
+@dataclass(slots=True)
+class LlamaEngine:
+    """One loaded GGUF. See ``workers.engines.base.Engine`` for the contract."""
+
+    model: Model
+    context: Context
+    info: EngineInfo
+    scheduler: Scheduler
+    park: KvPark
+    _samplers: dict[str, TokenSampler] = field(default_factory=dict)
+    _pieces: dict[int, bytes] = field(default_factory=dict)
+    _pace: _Pace = field(default_factory=_Pace)
+
+    def tokenize(self, text: str, *, add_bos: bool) -> list[int]:
+        """Return the tokens of a text."""
+        return self.model.tokenize(text, add_bos=add_bos and bool(C.llama_vocab_get_add_bos(self.model.vocab)))
+
+    def piece(self, token: int) -> bytes:
+        """Return a token's bytes; control tokens are empty except the markers that parsers look for."""
+        found = self._pieces.get(token)
+        if found is None:
+            special = self.model.token_text(token) in VISIBLE_SPECIALS
+            found = self._pieces[token] = self.model.piece(token, special=special)
+        return found
+
+    def is_end(self, token: int) -> bool:
+        """Return whether the token ends a generation."""
+        return bool(C.llama_vocab_is_eog(self.model.vocab, token))
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self.scheduler.waiting.append(sequence)
+
+    def remove(self, sequence_id: str) -> None:
+        """Take a sequence out; what it computed is parked for its next turn."""
+        slot = self.scheduler.find(sequence_id)
+        if slot is not None:
+            self._vacate(slot)
+        else:
+            self.scheduler.withdraw(sequence_id)
+        sampler = self._samplers.pop(sequence_id, None)
+        if sampler:
+            sampler.close()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work
+
+    def step(self) -> StepResult:
+        """Admit what fits, compute one batch and sample."""
+        while (admission := self.scheduler.next_admission()) is not None:
+            self._admit(admission)
+        decoding, chunks = self.scheduler.plan(self._pace.budget())
+        n, outputs = self._fill(decoding, chunks)
+        if not n:
+            return StepResult()
+        started = time.perf_counter()
+        if self.context.decode(n) == 1:
+            return self._make_room()
+        seconds = time.perf_counter() - started
+        prefill_tokens = n - len(decoding)
+        self._pace.note(seconds, prefill_tokens, len(decoding))
+        for slot in decoding:
+            slot.n_kv += 1
+        result = StepResult(decode_sequences=len(decoding), prefill_tokens=prefill_tokens, seconds=seconds)
+        for chunk in chunks:
+            assert chunk.slot.sequence is not None
+            chunk.slot.n_kv = chunk.end
+            result.prefilled.append((chunk.slot.sequence, min(chunk.end, len(chunk.slot.sequence.prompt))))
+        for slot, index in outputs:
+            self._sample(slot, index, result)
+        return result
+
+    def close(self) -> None:
+        """Free everything."""
+        for sampler in self._samplers.values():
+            sampler.close()
+        self.context.close()
+        self.model.close()
+
+    def _admit(self, admission: Admission) -> None:
+        """Give a sequence its slot with the longest prefix at hand: a running neighbour's cells, or a parked state."""
+        slot, sequence, n_kv, borrowed = admission.slot, admission.sequence, 0, 0
+        parked = self.park.find(sequence, whole=not self.model.can_cut)
+        if parked and parked[1] > admission.n_shared:
+            n_kv = self._restore(slot, *parked)
+        if not n_kv and admission.source is not None and admission.n_shared:
+            self.context.copy(admission.source.id, slot.id, admission.n_shared)
+            n_kv = borrowed = admission.n_shared
+        if sequence.id not in self._samplers:  # not one that was preempted: its prompt was counted before
+            sequence.cached = min(n_kv, len(sequence.prompt))
+        self.scheduler.occupy(slot, sequence, n_kv, borrowed=borrowed)
+        if sequence.id not in self._samplers:
+            self._samplers[sequence.id] = TokenSampler(
+                sequence.sampling, self.model.vocab_size, sequence.tokens, drawn=len(sequence.output)
+            )
+
+    def _restore(self, slot: Slot, parked: Parked, n: int) -> int:
+        """Load a parked state cut to ``n`` tokens; returns how many tokens are there then."""
+        if not self.context.restore(slot.id, parked.data):
+            return 0
+        if n < len(parked.tokens) and not self.context.cut(slot.id, n):
+            self.context.clear(slot.id)
+            return 0
+        return n
+
+    def _vacate(self, slot: Slot) -> None:
+        """Park what a slot has computed, and free it."""
+        sequence = slot.sequence
+        if sequence is not None and slot.n_kv >= MIN_TOKENS:
+            self.park.add(Parked(slot.tokens[: slot.n_kv], sequence.owner, sequence.shared_prefix, self.context.save(slot.id)))
+        self.context.clear(slot.id)
+        self.scheduler.release(slot)
+
+    def _fill(self, decoding: list[Slot], chunks: list[Chunk]) -> tuple[int, list[tuple[Slot, int]]]:
+        """Write the batch arrays; returns the number of entries and where each slot's logits will be."""
+        context, n, outputs = self.context, 0, []
+        context.outputs[:] = 0
+        for slot in decoding:
+            context.tokens[n], context.positions[n], context.sequence_ids[n] = slot.tokens[-1], slot.n_kv, slot.id
+            context.outputs[n] = 1
+            outputs.append((slot, n))
+            n += 1
+        for chunk in chunks:
+            size = chunk.end - chunk.start
+            context.tokens[n : n + size] = chunk.slot.tokens[chunk.start : chunk.end]
+            context.positions[n : n + size] = range(chunk.start, chunk.end)
+            context.sequence_ids[n : n + size] = chunk.slot.id
+            n += size
+            if chunk.end == len(chunk.slot.tokens):
+                context.outputs[n - 1] = 1
+                outputs.append((chunk.slot, n - 1))
+        return n, outputs
+
+    def _sample(self, slot: Slot, index: int, result: StepResult) -> None:
+        sequence = slot.sequence
+        assert sequence is not None
+        token = self._samplers[sequence.id].sample(self.context.logits(index), self.context.handle, index)
+        sequence.output.append(token)
+        slot.tokens.append(token)
+        result.sampled.append((sequence, [token]))
+
+    def _make_room(self) -> StepResult:
+        """Handle a full KV cache: the youngest sequence is parked and waits at the front; a lone one fails."""
+        result = StepResult()
+        victim = self.scheduler.preempt()
+        if victim is not None and victim.sequence is not None:
+            sequence = victim.sequence
+            self._vacate(victim)
+            self.scheduler.waiting.appendleft(sequence)
+            return result
+        for slot in self.scheduler.running:
+            if slot.sequence:
+                result.failed.append((slot.sequence, "The KV cache has no room for this sequence."))
+        return result
+
+
+def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) -> LlamaEngine:
+    """Load a GGUF file. ``config.context_length`` and ``config.cpu_threads`` are set. Raises ``ModelLoadFailed``."""
+    model = Model(path, gpu_layers=config.gpu_layers, on_progress=on_progress)
+    context_length = min(config.context_length or model.trained_context, model.trained_context)
+    extra = EXTRA_CELLS_BYTES // max(1, model.kv_bytes_per_token())
+    cells = max(context_length, min(config.parallel * context_length, extra))
+    cells = -(-cells // 256) * 256
+    batch_tokens = max(config.eval_batch_size, config.parallel)
+    context = Context(
+        model,
+        cells=cells,
+        parallel=config.parallel,
+        batch_tokens=batch_tokens,
+        threads=config.cpu_threads or os.cpu_count() or 1,
+        flash_attention=config.flash_attention,
+    )
+    info = EngineInfo(
+        context_length=context_length,
+        cells=cells,
+        parallel=config.parallel,
+        vocab_size=model.vocab_size,
+        weights_bytes=model.size_bytes,
+        eval_batch_size=batch_tokens,
+        chat_template=model.metadata("tokenizer.chat_template"),
+        bos_text=model.token_text(C.llama_vocab_bos(model.vocab)),
+        eos_text=model.token_text(C.llama_vocab_eos(model.vocab)),
+    )
+    scheduler = Scheduler(slots=config.parallel, cells=cells, batch_tokens=batch_tokens, can_share=model.can_cut)
+    return LlamaEngine(model, context, info, scheduler, KvPark(_park_bytes()))
+
+
+def _park_bytes() -> int:
+    """Return the RAM for parked states: a tenth of the machine's, at most 2 GiB."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(2 * 1024**3, total // 10))

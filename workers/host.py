@@ -1,0 +1,473 @@
+"""The host: all runners of this machine and all generations that this worker owns.
+
+Celery tasks only hand work in and return; from then on a generation is driven by the reader thread of its runner (tokens to
+Redis), one saver thread (partial texts, leases, ends) and one keeper thread (heartbeat, idle models, Redis coming back).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import psutil
+from django.db import Error as DatabaseError
+
+from workers.events import (
+    AnyEvent,
+    ChatStart,
+    ErrorInfo,
+    ModelLoadEnd,
+    ModelLoadProgress,
+    ModelLoadStart,
+    Stats,
+)
+from workers.protocol import Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
+from workers.relay import ENTRY_SECONDS, Live, StreamWriter, end_events, interrupted
+from workers.runner_process import RunnerProcess
+from workers.store import Instance, ModelFile, Outcome, Progress, Store
+
+logger = logging.getLogger(__name__)
+
+MAX_RESUMES = 2
+SAVE_SECONDS = 1.0
+KEEP_SECONDS = 0.25
+HEARTBEAT_SECONDS = 2.0
+#: A model that a request loaded leaves memory after this long without use (LM Studio's default).
+JIT_TTL_SECONDS = 60 * 60
+
+
+class Host:
+    """See the module. ``config_defaults`` completes a load configuration for this machine (context length, threads)."""
+
+    def __init__(
+        self, *, store: Store, redis_url: str, logs: Path, step_log: bool, complete_config: Callable[[Instance], Instance]
+    ) -> None:
+        self.store = store
+        self._writer = StreamWriter(redis_url)
+        self._logs, self._step_log = logs, step_log
+        self._complete_config = complete_config
+        self._lock = threading.RLock()
+        self._lives: dict[str, Live] = {}
+        self._runners: dict[int, RunnerProcess] = {}
+        self._waiting: dict[int, list[Live]] = {}
+        self._running: dict[int, dict[str, Live]] = {}
+        self._jit: set[int] = set()
+        self._ends: list[tuple[Live, Outcome]] = []
+        self._wake_saver = threading.Event()
+        self._stopping = threading.Event()
+        self._spawn_lock = threading.Lock()
+
+    # --- entry points, called by tasks -------------------------------------------------------------------------------
+
+    def start(self) -> list[str]:
+        """Register this node and start the threads. Returns the generations to run first."""
+        waiting = self.store.register()
+        threading.Thread(target=self._save_loop, name="saver", daemon=True).start()
+        threading.Thread(target=self._keep_loop, name="keeper", daemon=True).start()
+        return waiting
+
+    def generate(self, generation_id: str) -> None:
+        """Claim a generation and put it to work. Returns at once; a second delivery finds nothing to claim."""
+        if self._stopping.is_set():
+            return
+        claim = self.store.claim(generation_id)
+        if claim is None:
+            return
+        live = self._writer.catch_up(claim)
+        with self._lock:
+            self._lives[live.id] = live
+        if claim.cancelled:
+            self._end(live, status="cancelled", stats=Stats(stop_reason="userStopped"))
+        elif claim.resumes > MAX_RESUMES:
+            self._fail(live, interrupted("The answer was interrupted too often. What had been written is kept."))
+        else:
+            self._place(live)
+
+    def cancel(self, generation_id: str) -> None:
+        """Stop a generation if it is ours; waiting ones end at once, running ones with the next step."""
+        with self._lock:
+            live = self._lives.get(generation_id)
+            if live is None or live.ended or live.cancelled:
+                return
+            live.cancelled = True
+            runner = next((self._runners[pk] for pk, lives in self._running.items() if generation_id in lives), None)
+            for waiting in self._waiting.values():
+                if live in waiting:
+                    waiting.remove(live)
+        if runner is not None:
+            runner.cancel(generation_id)
+        else:
+            self._end(live, status="cancelled", stats=Stats(stop_reason="userStopped"))
+
+    def load(self, instance_id: int) -> None:
+        """Load a model that a person asked for; its row tells how that goes."""
+        instance = self.store.get_instance(instance_id)
+        if instance is not None and instance_id not in self._runners:
+            self._spawn(instance)
+
+    def unload(self, instance_id: int) -> None:
+        """End a runner and delete its row once its memory is free. What it was generating ends there, its text is kept."""
+        with self._lock:
+            runner = self._runners.get(instance_id)
+        if runner is not None:
+            runner.stop()
+        else:
+            self.store.instance_gone(instance_id)
+
+    def stop(self) -> None:
+        """End all runners and give unfinished generations back to the queue, so that the next worker goes on with them."""
+        self._stopping.set()
+        self._wake_saver.set()
+        with self._lock:
+            runners = list(self._runners.values())
+        threads = [threading.Thread(target=runner.stop) for runner in runners]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with self._lock:
+            unfinished = [live for live in self._lives.values() if not live.ended]
+        self._write(unfinished)
+        try:
+            self._finish_ended()
+            self.store.give_back([live.progress() for live in unfinished])
+        except DatabaseError as error:
+            logger.warning("could not give generations back, the reaper will find them: %s", error)
+
+    # --- placing -------------------------------------------------------------------------------------------------------
+
+    def _place(self, live: Live) -> None:
+        """Give a generation to a ready runner, or let it wait for one that is loading."""
+        claim = live.claim
+        with self._lock:
+            runner = self._find_runner(claim.model, claim.identifier)
+            if runner is not None and runner.ready:
+                self._submit(runner, live)
+                return
+            if runner is not None:
+                self._wait_for(runner, live)
+                return
+        with self._spawn_lock:  # one at a time, and the database is not touched under the main lock
+            with self._lock:
+                runner = self._find_runner(claim.model, claim.identifier)
+            if runner is None:
+                try:
+                    instance = self.store.create_instance(claim.model, claim.identifier)
+                except DatabaseError as error:
+                    self._fail(
+                        live, ErrorInfo(code="service_unavailable", message=f"The model could not be loaded: {error.__class__.__name__}.")
+                    )
+                    return
+                runner = self._spawn(instance, jit=True)
+        with self._lock:
+            if runner.ready:
+                self._submit(runner, live)
+            else:
+                self._wait_for(runner, live)
+
+    def _find_runner(self, model: ModelFile, identifier: str) -> RunnerProcess | None:
+        """Return the best runner of this model that is not ending: ready before loading, fewest generations first."""
+        found = [r for r in self._runners.values() if r.instance.model.id == model.id and not r.stopping and not r.load_error]
+        named = [r for r in found if r.identifier == identifier]
+        ranked = sorted(named or found, key=lambda r: (not r.ready, len(self._running.get(r.instance.id, ()))))
+        return ranked[0] if ranked else None
+
+    def _spawn(self, instance: Instance, *, jit: bool = False) -> RunnerProcess:
+        instance = self._complete_config(instance)
+        with self._lock:
+            self._waiting[instance.id], self._running[instance.id] = [], {}
+            runner = RunnerProcess(
+                instance,
+                logs=self._logs,
+                step_log=self._step_log,
+                on_message=self._on_message,
+                on_idle=self._on_idle,
+                on_exit=self._on_exit,
+            )
+            self._runners[instance.id] = runner
+            if jit:
+                self._jit.add(instance.id)
+        return runner
+
+    def _wait_for(self, runner: RunnerProcess, live: Live) -> None:
+        self._waiting[runner.instance.id].append(live)
+        live.started_at = time.monotonic()
+        start: list[AnyEvent] = [] if live.seq else [ChatStart(model_instance_id=runner.identifier)]
+        self._publish(live, [*start, ModelLoadStart(model_instance_id=runner.identifier)])
+
+    def _submit(self, runner: RunnerProcess, live: Live) -> None:
+        runner.last_used_at = time.monotonic()
+        self._running[runner.instance.id][live.id] = live
+        with live.lock:
+            tokens = list(live.tokens)
+            if not live.seq:
+                live.add([ChatStart(model_instance_id=runner.identifier)])  # leaves with the first token, not before it
+        claim = live.claim
+        runner.submit(Submit(generation_id=live.id, request=claim.request, owner=claim.owner, output_tokens=tokens))
+
+    # --- what runners say ----------------------------------------------------------------------------------------------
+
+    def _on_message(self, runner: RunnerProcess, message: RunnerMessage) -> float | None:
+        """Handle one message; returns the seconds after which gathered text must leave, or None."""
+        if isinstance(message, Step):
+            return self._on_step(runner, message.outputs)
+        if isinstance(message, LoadProgress):
+            self._on_load_progress(runner, message.progress)
+        elif isinstance(message, Loaded):
+            self._on_loaded(runner, message)
+        elif isinstance(message, LoadFailed):
+            runner.load_error = message.error.message
+        return None
+
+    def _on_step(self, runner: RunnerProcess, outputs: list[Output]) -> float | None:
+        running = self._running[runner.instance.id]
+        now = time.monotonic()
+        due: list[Live] = []
+        gathered = False
+        ended: list[tuple[Live, Output]] = []
+        for output in outputs:
+            live = running.get(output.generation_id)
+            if live is None:
+                continue
+            with live.lock:
+                live.add(output.events, output.tokens)
+            if output.stats is not None:
+                ended.append((live, output))
+            elif now - live.entry_at >= ENTRY_SECONDS:
+                due.append(live)
+            else:
+                gathered = True
+        if due:
+            self._write(due)
+        for live, output in ended:
+            with self._lock:
+                running.pop(live.id, None)
+            runner.last_used_at = now
+            self._on_ended(live, output)
+        return ENTRY_SECONDS if gathered else None
+
+    def _on_idle(self, runner: RunnerProcess) -> None:
+        """Send on what was gathered of fast streams when no step followed in time."""
+        with self._lock:
+            lives = [live for live in self._running.get(runner.instance.id, {}).values() if live.pending_events]
+        self._write(lives)
+
+    def _on_ended(self, live: Live, output: Output) -> None:
+        assert output.stats is not None
+        if output.error is not None:
+            self._fail(live, output.error, stats=output.stats)
+        else:
+            status = "cancelled" if output.stats.stop_reason == "userStopped" else "completed"
+            self._end(live, status=status, stats=output.stats)
+
+    def _on_load_progress(self, runner: RunnerProcess, progress: float) -> None:
+        with self._lock:
+            waiting = list(self._waiting[runner.instance.id])
+        for live in waiting:
+            self._publish(live, [ModelLoadProgress(model_instance_id=runner.identifier, progress=progress)])
+        self._try_store(lambda: self.store.instance_loading(runner.instance.id, progress))
+
+    def _on_loaded(self, runner: RunnerProcess, loaded: Loaded) -> None:
+        seconds = time.monotonic() - runner.started_at
+        with self._lock:
+            waiting, self._waiting[runner.instance.id] = self._waiting[runner.instance.id], []
+            runner.ready = True
+            for live in waiting:
+                live.load_seconds = round(time.monotonic() - live.started_at, 4)
+                self._publish(live, [ModelLoadEnd(model_instance_id=runner.identifier, load_time_seconds=round(seconds, 4))])
+                self._submit(runner, live)
+        config = msgspec.structs.replace(
+            runner.instance.config, context_length=loaded.context_length, parallel=loaded.parallel, eval_batch_size=loaded.eval_batch_size
+        )
+        memory = runner.memory_bytes()
+        self._try_store(lambda: self.store.instance_ready(runner.instance.id, config=config, memory_bytes=memory))
+
+    def _on_exit(self, runner: RunnerProcess) -> None:
+        """Clean up after a runner: waiting generations fail with the reason of the load, running ones go on elsewhere."""
+        pk = runner.instance.id
+        with self._lock:
+            self._runners.pop(pk, None)
+            self._jit.discard(pk)
+            waiting, running = self._waiting.pop(pk, []), list(self._running.pop(pk, {}).values())
+        if self._stopping.is_set():
+            self._try_store(lambda: self.store.instance_gone(pk))
+            return
+        if not runner.ready and not runner.stopping:
+            reason = runner.load_error or f"The model could not be loaded: {runner.exit_reason()}."
+            self._try_store(lambda: self.store.instance_failed(pk, reason))
+            for live in waiting:
+                self._fail(live, ErrorInfo(code="model_load_failed", message=reason))
+        else:
+            self._try_store(lambda: self.store.instance_gone(pk))
+            for live in waiting:
+                self._place(live)
+        if running:
+            logger.warning("runner %s ended with %d generations: %s", runner.identifier, len(running), runner.exit_reason())
+        for live in running:
+            if runner.stopping:
+                self._fail(live, interrupted("The model was unloaded while it answered. What had been written is kept."))
+            else:
+                self._resume(live)
+
+    def _resume(self, live: Live) -> None:
+        """Go on with a generation whose runner crashed, from its last token."""
+        with live.lock:
+            live.close_entry()
+            live.resumes += 1
+        if live.cancelled:
+            self._end(live, status="cancelled", stats=self._partial_stats(live, "userStopped"))
+        elif live.resumes > MAX_RESUMES:
+            self._fail(live, interrupted("The model crashed repeatedly on this request. What had been written is kept."))
+        else:
+            self._place(live)
+
+    # --- publishing and ending -----------------------------------------------------------------------------------------
+
+    def _publish(self, live: Live, events: list[AnyEvent]) -> None:
+        with live.lock:
+            live.add(events)
+        self._write([live])
+
+    def _write(self, lives: list[Live]) -> None:
+        for live in lives:
+            with live.lock:
+                live.close_entry()
+        self._writer.write(lives)
+
+    def _fail(self, live: Live, error: ErrorInfo, *, stats: Stats | None = None) -> None:
+        self._end(live, status="failed", stats=stats or self._partial_stats(live, "failed"), error=error)
+
+    @staticmethod
+    def _partial_stats(live: Live, reason: str) -> Stats:
+        return Stats(total_output_tokens=len(live.tokens), stop_reason=reason)
+
+    def _end(self, live: Live, *, status: str, stats: Stats, error: ErrorInfo | None = None) -> None:
+        """Queue the end for the saver: the row first, then ``chat.end``."""
+        if live.load_seconds is not None:
+            stats = msgspec.structs.replace(stats, model_load_time_seconds=live.load_seconds)
+        with self._lock:
+            if live.ended:
+                return
+            live.ended = True
+        self._write([live])
+        with live.lock:
+            outcome = Outcome(live.progress(), status, stats, error)
+        with self._lock:
+            self._ends.append((live, outcome))
+        self._wake_saver.set()
+
+    # --- threads ---------------------------------------------------------------------------------------------------------
+
+    def _save_loop(self) -> None:
+        """Write ends at once, partial texts and leases once a second, for as long as the process lives."""
+        saved_at = time.monotonic()
+        while not self._stopping.is_set():
+            self._wake_saver.wait(max(0.0, SAVE_SECONDS - (time.monotonic() - saved_at)))
+            self._wake_saver.clear()
+            try:
+                self._finish_ended()
+                if time.monotonic() - saved_at >= SAVE_SECONDS:
+                    saved_at = time.monotonic()
+                    self._save_running()
+            except DatabaseError as error:
+                logger.warning("PostgreSQL is away, texts are kept until it is back: %s", str(error).strip().splitlines()[0])
+                self._stopping.wait(0.5)
+                self._wake_saver.set()
+
+    def _finish_ended(self) -> None:
+        with self._lock:
+            ends = list(self._ends)
+        if not ends:
+            return
+        ours = self.store.finish([outcome for _, outcome in ends])
+        for live, outcome in ends:
+            if live.id in ours:
+                with live.lock:
+                    live.pending_events += end_events(outcome, live.claim.identifier)
+                    live.close_entry()
+        self._writer.write([live for live, _ in ends if live.id in ours], last=True)
+        with self._lock:
+            self._ends = self._ends[len(ends) :]
+            for live, _ in ends:
+                if not self._writer.is_behind:
+                    self._lives.pop(live.id, None)
+
+    def _save_running(self) -> None:
+        with self._lock:
+            lives = [live for live in self._lives.values() if not live.ended]
+            used = [pk for pk, running in self._running.items() if running]
+        progress: list[Progress] = []
+        for live in lives:
+            with live.lock:
+                live.close_entry()
+                progress.append(live.progress())
+        self._writer.write(lives)
+        ours, cancelled = self.store.save(progress) if progress else (set(), set())
+        for live in lives:
+            if live.id not in ours:
+                self._forget(live)
+            elif live.id in cancelled:
+                self.cancel(live.id)
+        if used:
+            self.store.instances_used(used)
+
+    def _forget(self, live: Live) -> None:
+        """Drop a generation that is not ours any more (deleted, or taken over while we could not renew its lease)."""
+        with self._lock:
+            live.ended = True
+            self._lives.pop(live.id, None)
+            runner = next((self._runners[pk] for pk, lives in self._running.items() if lives.pop(live.id, None)), None)
+            for waiting in self._waiting.values():
+                if live in waiting:
+                    waiting.remove(live)
+        if runner is not None:
+            runner.cancel(live.id)
+
+    def _keep_loop(self) -> None:
+        """Refill Redis after it was away, send the heartbeat, unload idle models."""
+        beat_at = 0.0
+        while not self._stopping.wait(KEEP_SECONDS):
+            if self._writer.is_behind:
+                self._refill()
+            if time.monotonic() - beat_at >= HEARTBEAT_SECONDS:
+                beat_at = time.monotonic()
+                self._try_store(lambda: self.store.heartbeat(free_memory_bytes=psutil.virtual_memory().available))
+                self._unload_idle()
+
+    def _refill(self) -> None:
+        with self._lock:
+            lives = list(self._lives.values())
+            ending = {live.id for live, _ in self._ends}
+        if self._writer.refill(lives):
+            logger.info("Redis is back, %d streams refilled", len(lives))
+            with self._lock:
+                for live in lives:
+                    if live.ended and live.id not in ending:
+                        self._lives.pop(live.id, None)
+
+    def _unload_idle(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            idle = [
+                pk
+                for pk in self._jit
+                if pk in self._runners
+                and not self._running[pk]
+                and not self._waiting[pk]
+                and now - self._runners[pk].last_used_at > JIT_TTL_SECONDS
+            ]
+        for pk in idle:
+            logger.info("unloading %s: not used for an hour", self._runners[pk].identifier)
+            self.unload(pk)
+
+    @staticmethod
+    def _try_store(action: Callable[[], None]) -> None:
+        """Do something that the database should know but that must not stop tokens when it is away."""
+        try:
+            action()
+        except DatabaseError as error:
+            logger.warning("PostgreSQL is away: %s", str(error).strip().splitlines()[0])

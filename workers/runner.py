@@ -1,0 +1,335 @@
+"""The runner: one process, one loaded model, one loop. Started by the host as ``python -m workers.runner FD``.
+
+It has no database, no Redis, no secrets and no Django; it speaks ``workers.protocol`` over the inherited socket and ends when
+the host does. Nothing else may run in this process: one busy thread beside the loop costs two thirds of its speed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from lmweb.errors import ContextLengthExceeded, InvalidRequest, LmwebError, ModelLoadFailed
+from workers.engines import registry
+from workers.engines.base import Engine, Sequence, StepResult
+from workers.events import AnyEvent, ErrorInfo, PromptProcessingEnd, PromptProcessingProgress, PromptProcessingStart, Stats
+from workers.parsing.output import OutputParser, replay
+from workers.protocol import Cancel, Channel, HostMessage, Load, Loaded, LoadFailed, LoadProgress, Output, Shutdown, Step, Submit
+from workers.schemas import ChatMessage
+from workers.templates import ChatTemplate
+
+#: Prompts that take several steps report their progress.
+PROGRESS_MIN_TOKENS = 256
+STEP_LOG_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(slots=True)
+class Job:
+    """A generation inside the runner: its sequence in the engine, and its text."""
+
+    sequence: Sequence
+    parser: OutputParser
+    resumed_tokens: int
+    prompt_done: bool
+    prompt_announced: bool = False
+    first_token_at: float | None = None
+
+    def stats(self, stop_reason: str) -> Stats:
+        """Return the counts and timings so far."""
+        now, sequence = time.perf_counter(), self.sequence
+        first = self.first_token_at or now
+        new_tokens = len(sequence.output) - self.resumed_tokens
+        decode_seconds = now - first
+        return Stats(
+            input_tokens=len(sequence.prompt),
+            total_output_tokens=len(sequence.output),
+            reasoning_output_tokens=self.parser.reasoning_tokens,
+            cached_input_tokens=sequence.cached,
+            tokens_per_second=round((new_tokens - 1) / decode_seconds, 2) if new_tokens > 1 and decode_seconds > 0 else 0.0,
+            time_to_first_token_seconds=round(first - sequence.submitted_at, 6),
+            generation_time_seconds=round(now - sequence.submitted_at, 6),
+            stop_reason=stop_reason,
+        )
+
+
+class Runner:
+    """Owns the engine and the jobs. ``send`` delivers a message to the host."""
+
+    def __init__(self, engine: Engine, step_log: StepLog) -> None:
+        self.engine = engine
+        self.jobs: dict[str, Job] = {}
+        self._template = ChatTemplate(engine.info.chat_template, bos_token=engine.info.bos_text, eos_token=engine.info.eos_text)
+        self._shared_prefix = lru_cache(maxsize=256)(self._render_shared_prefix)
+        self._log = step_log
+
+    def submit(self, message: Submit) -> Output | None:
+        """Start a generation; returns its only output if it ends at once (refused, or complete already)."""
+        try:
+            job = self._prepare(message)
+        except LmwebError as error:
+            info = ErrorInfo(code=error.code, message=error.message, param=error.param, details=error.details)
+            return Output(generation_id=message.generation_id, error=info, stats=Stats(stop_reason="failed"))
+        if job.parser.stopped or len(job.sequence.output) >= job.sequence.limit:
+            reason = "stopStringFound" if job.parser.stopped else self._limit_reason(job)
+            return Output(generation_id=message.generation_id, events=job.parser.finish(), stats=job.stats(reason))
+        self.jobs[message.generation_id] = job
+        self.engine.add(job.sequence)
+        return None
+
+    def cancel(self, message: Cancel) -> Output | None:
+        """End a generation; returns its last output, or None if it is not running here."""
+        job = self.jobs.pop(message.generation_id, None)
+        if job is None:
+            return None
+        self.engine.remove(message.generation_id)
+        return Output(generation_id=message.generation_id, events=job.parser.finish(), stats=job.stats("userStopped"))
+
+    def step(self) -> Step:
+        """Advance the engine by one step and return what it brought."""
+        result = self.engine.step()
+        outputs: dict[str, tuple[list[AnyEvent], list[int]]] = {}
+        for sequence, done in result.prefilled:
+            events = self._prompt_events(self.jobs[sequence.id], done)
+            if events:
+                outputs[sequence.id] = (events, [])
+        finished: dict[str, tuple[Stats, ErrorInfo | None]] = {}
+        for sequence, tokens in result.sampled:
+            events, kept = outputs.setdefault(sequence.id, ([], []))
+            reason = self._take_tokens(self.jobs[sequence.id], tokens, events, kept)
+            if reason:
+                finished[sequence.id] = (self._end(sequence.id, events, reason), None)
+        for sequence, text in result.failed:
+            events, _ = outputs.setdefault(sequence.id, ([], []))
+            finished[sequence.id] = (self._end(sequence.id, events, "failed"), ErrorInfo(code="context_length_exceeded", message=text))
+        self._log.write(result)
+        nothing = (None, None)
+        return Step(
+            outputs=[
+                Output(
+                    generation_id=key, events=events, tokens=kept, stats=finished.get(key, nothing)[0], error=finished.get(key, nothing)[1]
+                )
+                for key, (events, kept) in outputs.items()
+            ]
+        )
+
+    def _prepare(self, message: Submit) -> Job:
+        request, info = message.request, self.engine.info
+        prompt_text = self._template.render(request.messages, variables=request.template_kwargs)
+        prompt = self.engine.tokenize(prompt_text, add_bos=not (info.bos_text and prompt_text.startswith(info.bos_text)))
+        if not prompt:
+            raise InvalidRequest("The prompt is empty.", param="messages")
+        if len(prompt) >= info.context_length:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(prompt)} tokens, but the model's context holds {info.context_length}. "
+                "Shorten it, or load the model with a longer context.",
+                param="messages",
+                details={"prompt_tokens": len(prompt), "context_length": info.context_length},
+            )
+        sampling = request.sampling
+        if sampling.seed is None:
+            sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(31))
+        room = info.context_length - len(prompt)
+        parser = OutputParser(sampling.stop, starts_reasoning=prompt_text.rstrip("\n").endswith("<think>"))
+        replay(parser, message.output_tokens, self.engine.piece)
+        sequence = Sequence(
+            id=message.generation_id,
+            owner=message.owner,
+            prompt=prompt,
+            shared_prefix=self._shared_tokens(request.messages, prompt),
+            sampling=sampling,
+            limit=min(sampling.max_tokens or room, room),
+            output=list(message.output_tokens),
+        )
+        return Job(sequence, parser, resumed_tokens=len(message.output_tokens), prompt_done=bool(message.output_tokens))
+
+    def _shared_tokens(self, messages: list[ChatMessage], prompt: list[int]) -> int:
+        """Return how many tokens of the prompt come from the system prompt, which different people may share."""
+        if messages[0].role not in {"system", "developer"}:
+            return 0
+        prefix = self._shared_prefix(messages[0])
+        n = 0
+        for mine, theirs in zip(prompt, prefix, strict=False):
+            if mine != theirs:
+                break
+            n += 1
+        return n
+
+    def _render_shared_prefix(self, message: ChatMessage) -> tuple[int, ...]:
+        try:
+            text = self._template.render([message], add_generation_prompt=False)
+        except LmwebError:  # some templates demand a user's turn
+            return ()
+        info = self.engine.info
+        return tuple(self.engine.tokenize(text, add_bos=not (info.bos_text and text.startswith(info.bos_text))))
+
+    def _prompt_events(self, job: Job, done: int) -> list[AnyEvent]:
+        total = len(job.sequence.prompt)
+        if job.prompt_done or total - job.sequence.cached < PROGRESS_MIN_TOKENS:
+            return []
+        events: list[AnyEvent] = []
+        if not job.prompt_announced:
+            job.prompt_announced = True
+            events.append(PromptProcessingStart())
+        events.append(PromptProcessingProgress(progress=round(done / total, 4)))
+        if done >= total:
+            job.prompt_done = True
+            events.append(PromptProcessingEnd())
+        return events
+
+    def _take_tokens(self, job: Job, tokens: list[int], events: list[AnyEvent], kept: list[int]) -> str:
+        """Turn tokens into events; returns the stop reason once the generation is over."""
+        if job.first_token_at is None:
+            job.first_token_at = time.perf_counter()
+        for token in tokens:
+            if self.engine.is_end(token) and not job.sequence.sampling.ignore_eos:
+                job.sequence.output.pop()
+                return "eosFound"
+            kept.append(token)
+            events += job.parser.feed(self.engine.piece(token))
+            if job.parser.stopped:
+                return "stopStringFound"
+        return self._limit_reason(job) if len(job.sequence.output) >= job.sequence.limit else ""
+
+    def _limit_reason(self, job: Job) -> str:
+        asked = job.sequence.sampling.max_tokens
+        return "maxPredictedTokensReached" if asked is not None and asked <= job.sequence.limit else "contextLengthReached"
+
+    def _end(self, generation_id: str, events: list[AnyEvent], reason: str) -> Stats:
+        job = self.jobs.pop(generation_id)
+        self.engine.remove(generation_id)
+        events += job.parser.finish()
+        return job.stats(reason)
+
+
+class StepLog:
+    """One JSON line per engine step, flushed about once a second, in at most two files of ``STEP_LOG_BYTES``."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path) if path else None
+        self._file: IO[str] | None = self._path.open("w") if self._path else None
+        self._step = 0
+        self._flushed_at = 0.0
+
+    def write(self, result: StepResult) -> None:
+        """Note a step: how many sequences decoded, how many prompt tokens were computed, and the time in ms."""
+        if self._file is None or self._path is None or not (result.decode_sequences or result.prefill_tokens):
+            return
+        self._step += 1
+        record = {
+            "step": self._step,
+            "decode": result.decode_sequences,
+            "prefill": result.prefill_tokens,
+            "ms": round(result.seconds * 1e3, 3),
+        }
+        self._file.write(json.dumps(record) + "\n")
+        now = time.monotonic()
+        if now - self._flushed_at > 1.0:
+            self.flush()
+            self._flushed_at = now
+            if self._file.tell() > STEP_LOG_BYTES:
+                self._file.close()
+                self._path.replace(self._path.with_suffix(".1.jsonl"))
+                self._file = self._path.open("w")
+
+    def flush(self) -> None:
+        """Write out what is buffered (also when the runner falls idle)."""
+        if self._file is not None:
+            self._file.flush()
+
+
+def load(channel: Channel, message: Load) -> Engine:
+    """Load the model, reporting progress at most every 2 %. Raises ``ModelLoadFailed``."""
+    reported = 0.0
+
+    def on_progress(fraction: float) -> None:
+        nonlocal reported
+        if fraction - reported >= 0.02:
+            reported = fraction
+            channel.send(LoadProgress(progress=round(fraction, 3)))
+
+    started = time.perf_counter()
+    engine = registry.factory(message.engine)(message.path, message.config, on_progress)
+    info = engine.info
+    channel.send(
+        Loaded(
+            context_length=info.context_length,
+            parallel=info.parallel,
+            vocab_size=info.vocab_size,
+            load_time_seconds=round(time.perf_counter() - started, 4),
+            weights_bytes=info.weights_bytes,
+            eval_batch_size=info.eval_batch_size,
+            flash_attention=message.config.flash_attention,
+        )
+    )
+    return engine
+
+
+def serve(channel: Channel, runner: Runner, step_log: StepLog) -> None:
+    """The loop: drain the inbox, step, send. Blocks while there is nothing to do; returns on ``Shutdown``."""
+    while True:
+        while _readable(channel, wait=not runner.engine.has_work, before_waiting=step_log.flush):
+            for message in channel.receive():
+                if isinstance(message, Shutdown):
+                    return
+                output = _handle(runner, message)  # type: ignore[arg-type]
+                if output is not None:
+                    channel.send(Step(outputs=[output]))
+        if runner.engine.has_work:
+            step = runner.step()
+            if step.outputs:
+                channel.send(step)
+
+
+def _handle(runner: Runner, message: HostMessage) -> Output | None:
+    if isinstance(message, Submit):
+        return runner.submit(message)
+    if isinstance(message, Cancel):
+        return runner.cancel(message)
+    raise TypeError(f"unexpected message {type(message).__name__}")
+
+
+def _readable(channel: Channel, *, wait: bool, before_waiting: Callable[[], None]) -> bool:
+    if select.select([channel], [], [], 0)[0]:
+        return True
+    if not wait:
+        return False
+    before_waiting()
+    select.select([channel], [], [])
+    return True
+
+
+def main() -> int:
+    """Run until the host says so or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the host decides when we end
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])), HostMessage)
+    try:
+        message = next(m for m in channel.receive() if isinstance(m, Load))
+        step_log = StepLog(message.step_log)
+        try:
+            engine = load(channel, message)
+            runner = Runner(engine, step_log)
+        except LmwebError as error:
+            channel.send(LoadFailed(error=ErrorInfo(code=ModelLoadFailed.code, message=error.message)))
+            return 1
+        serve(channel, runner, step_log)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the host is gone, and with it everybody who wanted anything
+    os._exit(0)  # the system frees the memory faster than llama.cpp does
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

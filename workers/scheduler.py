@@ -1,0 +1,200 @@
+"""Which sequences run, and what goes into the next batch. Pure logic over token lists: knows neither llama.cpp nor time itself.
+
+Continuous batching: every step holds one token of each decoding sequence, then prompt chunks, oldest first. The prompt share
+is sized by time, so that streams keep their pace while a long prompt comes in. Prefixes are looked up over all slots, busy
+ones too; a newcomer whose prefix another sequence is computing right now waits for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from workers.engines.base import Sequence
+
+#: A running computation of a longer prefix is worth waiting for from this many tokens on.
+COALESCE_TOKENS = 64
+#: Cells reserved at admission for the answer of a sequence, at most; beyond that preemption is the fallback.
+RESERVED_OUTPUT = 512
+MIN_CHUNK = 32
+
+
+@dataclass(slots=True)
+class Slot:
+    """One sequence id of the engine. ``tokens`` is what it holds or will hold, of which ``n_kv`` are computed."""
+
+    id: int
+    sequence: Sequence | None = None
+    tokens: list[int] = field(default_factory=list)
+    n_kv: int = 0
+    borrowed: int = 0
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the token sampled last is missing."""
+        return self.n_kv == len(self.tokens) - 1
+
+    @property
+    def remaining(self) -> int:
+        """Return how many tokens are still to be computed."""
+        return len(self.tokens) - self.n_kv
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Put ``sequence`` into ``slot``; its first ``n_shared`` tokens are copied from ``source`` (a busy slot)."""
+
+    slot: Slot
+    sequence: Sequence
+    source: Slot | None
+    n_shared: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Compute tokens ``start`` to ``end`` (exclusive) of the slot in this step."""
+
+    slot: Slot
+    start: int
+    end: int
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Return the length of the longest common prefix. List slices compare in C, so bisection beats a loop."""
+    high = min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    low = 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def shareable(sequence: Sequence, tokens: list[int], other: list[int], other_owner: str, other_shared: int) -> int:
+    """Return how many leading ``tokens`` of the sequence may come from another's: all within one owner, else the system prompt.
+
+    What is private to one person must never speed up, and so reveal itself to, another.
+    """
+    n = common_prefix(tokens, other)
+    if sequence.owner != other_owner:
+        n = min(n, sequence.shared_prefix, other_shared)
+    return n
+
+
+class Scheduler:
+    """Waiting and running sequences of one engine.
+
+    Args:
+        slots: how many sequences run at once.
+        cells: KV cells in all.
+        batch_tokens: tokens per step at most.
+        can_share: whether the model's memory allows copying part of a sequence (recurrent ones do not).
+    """
+
+    def __init__(self, *, slots: int, cells: int, batch_tokens: int, can_share: bool) -> None:
+        self.slots = [Slot(i) for i in range(slots)]
+        self.waiting: deque[Sequence] = deque()
+        self.cells = cells
+        self.batch_tokens = batch_tokens
+        self.can_share = can_share
+
+    @property
+    def running(self) -> list[Slot]:
+        """Return the busy slots."""
+        return [slot for slot in self.slots if slot.sequence is not None]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self.waiting) or any(slot.sequence is not None for slot in self.slots)
+
+    def find(self, sequence_id: str) -> Slot | None:
+        """Return the slot that runs this sequence."""
+        return next((slot for slot in self.running if slot.sequence and slot.sequence.id == sequence_id), None)
+
+    def withdraw(self, sequence_id: str) -> bool:
+        """Take a sequence out of the waiting ones; returns whether it was there."""
+        for sequence in self.waiting:
+            if sequence.id == sequence_id:
+                self.waiting.remove(sequence)
+                return True
+        return False
+
+    def next_admission(self) -> Admission | None:
+        """Return the next sequence to admit with its slot and the prefix to copy, or None. Call ``occupy`` with the outcome."""
+        free = next((slot for slot in self.slots if slot.sequence is None), None)
+        if free is None:
+            return None
+        for sequence in self.waiting:
+            source, n_shared, pending = self._best_prefix(sequence)
+            if pending > n_shared + COALESCE_TOKENS:
+                continue  # somebody computes a longer common prefix right now: come back when it is there
+            if not self._fits(sequence, n_shared):
+                return None  # strictly in order: nobody overtakes a long prompt for ever
+            self.waiting.remove(sequence)
+            return Admission(free, sequence, source, n_shared)
+        return None
+
+    def occupy(self, slot: Slot, sequence: Sequence, n_kv: int, *, borrowed: int = 0) -> None:
+        """Note that the slot holds this sequence now, with ``n_kv`` tokens computed already."""
+        slot.sequence, slot.tokens, slot.n_kv, slot.borrowed = sequence, sequence.tokens, n_kv, borrowed
+
+    def release(self, slot: Slot) -> None:
+        """Free the slot."""
+        slot.sequence, slot.tokens, slot.n_kv, slot.borrowed = None, [], 0, 0
+
+    def preempt(self) -> Slot | None:
+        """Return the youngest running slot, to be parked and queued again at the front; None when only one runs."""
+        running = self.running
+        if len(running) < 2:
+            return None
+        return max(running, key=lambda slot: slot.sequence.submitted_at if slot.sequence else 0.0)
+
+    def plan(self, prefill_budget: int) -> tuple[list[Slot], list[Chunk]]:
+        """Return the decoding slots and the prompt chunks of the next step.
+
+        ``prefill_budget`` bounds the prompt tokens while anybody decodes; with nobody decoding the whole batch is used.
+        """
+        running = self.running
+        decoding = [slot for slot in running if slot.is_decoding and slot.sequence and slot.sequence.output]
+        room = self.batch_tokens - len(decoding)
+        if decoding:
+            room = max(MIN_CHUNK, min(room, prefill_budget))
+        chunks = []
+        prefilling = [slot for slot in running if slot not in decoding]
+        for slot in sorted(prefilling, key=lambda s: s.sequence.submitted_at if s.sequence else 0.0):
+            n = min(slot.remaining, room)
+            if n <= 0:
+                break
+            chunks.append(Chunk(slot, slot.n_kv, slot.n_kv + n))
+            room -= n
+        return decoding, chunks
+
+    def _best_prefix(self, sequence: Sequence) -> tuple[Slot | None, int, int]:
+        """Return the slot with the longest computed common prefix, its length, and the longest one still being computed."""
+        best, length, pending = None, 0, 0
+        if not self.can_share:
+            return None, 0, 0
+        tokens = sequence.tokens
+        limit = len(tokens) - 1  # one token must be computed to get logits
+        for slot in self.running:
+            assert slot.sequence is not None
+            n = min(limit, shareable(sequence, tokens, slot.tokens, slot.sequence.owner, slot.sequence.shared_prefix))
+            if min(n, slot.n_kv) > length:
+                best, length = slot, min(n, slot.n_kv)
+            if n > slot.n_kv:
+                pending = max(pending, n)
+        return best, length, pending
+
+    def _fits(self, sequence: Sequence, n_shared: int) -> bool:
+        used = sum(len(slot.tokens) - slot.borrowed + self._reserve(slot.sequence) for slot in self.running if slot.sequence)
+        needed = len(sequence.prompt) + len(sequence.output) - n_shared + self._reserve(sequence)
+        return used + needed <= self.cells or not self.running
+
+    @staticmethod
+    def _reserve(sequence: Sequence) -> int:
+        return min(max(sequence.limit - len(sequence.output), 0), RESERVED_OUTPUT)

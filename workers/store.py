@@ -1,0 +1,114 @@
+"""What the GPU worker needs of the database, as an interface.
+
+``models_app.store`` implements it, so that nothing in this package knows the tables of the applications above it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from workers.events import ErrorInfo, Stats
+from workers.schemas import GenerationRequest, LoadConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A model that can be loaded: row id, key, format and absolute path."""
+
+    id: int
+    key: str
+    format: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A row of a model in memory (or about to be): which file, and how it is to be loaded."""
+
+    id: int
+    identifier: str
+    model: ModelFile
+    config: LoadConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A generation that this worker owns now, with what an earlier worker got done of it."""
+
+    id: str
+    owner: str
+    model: ModelFile
+    identifier: str
+    request: GenerationRequest
+    resumes: int = 0
+    seq: int = 0
+    content: str = ""
+    reasoning: str = ""
+    output_tokens: list[int] = field(default_factory=list)
+    cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The state of a generation at one moment; all fields belong together."""
+
+    id: str
+    seq: int
+    content: str
+    reasoning: str
+    output_tokens: list[int]
+    resumes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of a generation."""
+
+    progress: Progress
+    status: str
+    stats: Stats
+    error: ErrorInfo | None = None
+
+
+class Store(Protocol):
+    """The database, as the worker sees it. Every method may raise ``django.db.Error`` while PostgreSQL is away."""
+
+    def register(self) -> list[str]:
+        """Register this node under a new incarnation; returns the generations that were sent to it or that its dead predecessor had."""
+
+    def heartbeat(self, *, free_memory_bytes: int) -> None:
+        """Say that this node lives."""
+
+    def claim(self, generation_id: str) -> Claim | None:
+        """Take a queued generation; None if somebody else has it, or if it could not start (then its row says why)."""
+
+    def save(self, progress: list[Progress]) -> tuple[set[str], set[str]]:
+        """Save partial texts and renew the leases; returns the ids that are still ours, and those whose end was asked for."""
+
+    def finish(self, outcomes: list[Outcome]) -> set[str]:
+        """Write the ends; returns the ids that were still ours."""
+
+    def give_back(self, progress: list[Progress]) -> None:
+        """Save and queue again what this worker could not finish before its shutdown."""
+
+    def create_instance(self, model: ModelFile, identifier: str) -> Instance:
+        """Make the row of a model that a request loads just in time."""
+
+    def get_instance(self, instance_id: int) -> Instance | None:
+        """Return the row of a load that a person asked for; None if it is gone or belongs to another node."""
+
+    def instance_loading(self, instance_id: int, progress: float) -> None:
+        """Note how far the load is."""
+
+    def instance_ready(self, instance_id: int, *, config: LoadConfig, memory_bytes: int) -> None:
+        """Note that the model can be used, with the configuration in force."""
+
+    def instance_failed(self, instance_id: int, error: str) -> None:
+        """Note why a load failed."""
+
+    def instance_gone(self, instance_id: int) -> None:
+        """Delete the row: the runner has ended and its memory is free."""
+
+    def instances_used(self, instance_ids: list[int]) -> None:
+        """Note that these are in use now."""

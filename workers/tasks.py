@@ -1,0 +1,103 @@
+"""Celery tasks: thin, named, with ids as arguments. The only module here that knows the applications above it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import threading
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+import msgspec
+import psutil
+from celery import signals
+from celery.worker.control import control_command
+from django.conf import settings
+
+from lmweb.celery import app
+from models_app.reaper import Reaper
+from models_app.store import DjangoStore
+from workers.dispatch import CANCEL
+from workers.host import Host
+from workers.store import Instance
+
+logger = logging.getLogger(__name__)
+
+_reaper = Reaper()
+
+
+@lru_cache(maxsize=1)
+def host() -> Host:
+    """Return this process's host; made when the GPU worker starts."""
+    return Host(
+        store=DjangoStore(settings.NODE_NAME, engines=[{"name": "llama.cpp", "version": metadata.version("llama-cpp-python")}]),
+        redis_url=settings.REDIS_URL,
+        logs=settings.LOGS_DIR,
+        step_log=settings.STEP_LOG,
+        complete_config=complete_config,
+    )
+
+
+def complete_config(instance: Instance) -> Instance:
+    """Fill in what the load left open: the installation's context length and thread count."""
+    config = instance.config
+    threads = config.cpu_threads or settings.CPU_THREADS or default_threads(psutil.cpu_count(logical=False) or os.cpu_count() or 1)
+    context = config.context_length or settings.DEFAULT_CONTEXT_LENGTH
+    return dataclasses.replace(instance, config=msgspec.structs.replace(config, cpu_threads=threads, context_length=context))
+
+
+def default_threads(cores: int) -> int:
+    """Return the threads per model on a machine that also serves the web: all cores up to two, else one less."""
+    return cores if cores <= 2 else cores - 1
+
+
+@app.task(name="workers.tasks.generate")
+def generate(generation_id: str) -> None:
+    """Run a generation on this node."""
+    host().generate(generation_id)
+
+
+@app.task(name="workers.tasks.load_model")
+def load_model(instance_id: int) -> None:
+    """Load the model of a ``ModelInstance`` row."""
+    host().load(instance_id)
+
+
+@app.task(name="workers.tasks.unload_model")
+def unload_model(instance_id: int) -> None:
+    """Unload it; the row is deleted once its memory is free."""
+    host().unload(instance_id)
+
+
+@app.task(name="workers.tasks.reap")
+def reap() -> None:
+    """Send lost work again (io worker, every few seconds)."""
+    _reaper.run()
+
+
+@control_command(name=CANCEL, args=[("generation_id", str)])
+def cancel_generation(_state: Any, generation_id: str) -> None:
+    """Stop a generation, if this node has it. Arrives as a broadcast within milliseconds."""
+    if host.cache_info().currsize:
+        threading.Thread(target=host().cancel, args=(generation_id,), daemon=True).start()
+
+
+def _is_gpu_worker(consumer: Any) -> bool:
+    return any(name.startswith("gpu.") for name in consumer.app.amqp.queues)
+
+
+@signals.worker_ready.connect
+def start_host(sender: Any, **_: Any) -> None:
+    """Register the node and take up what was left lying."""
+    if _is_gpu_worker(sender):
+        for generation_id in host().start():
+            host().generate(generation_id)
+
+
+@signals.worker_shutting_down.connect
+def stop_host(**_: Any) -> None:
+    """Give unfinished work back before Celery waits for its threads."""
+    if host.cache_info().currsize:
+        host().stop()
