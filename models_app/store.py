@@ -35,11 +35,14 @@ RETURNING g.id, g.cancel_requested
 def _brief(*, durable: bool) -> Iterator[None]:
     """A short transaction on a healthy connection. Not ``durable``: may be lost if PostgreSQL dies in the next half second."""
     close_old_connections()
-    with transaction.atomic():
-        if not durable:
-            with connection.cursor() as cursor:
-                cursor.execute("SET LOCAL synchronous_commit TO off")
-        yield
+    try:
+        with transaction.atomic():
+            if not durable:
+                with connection.cursor() as cursor:
+                    cursor.execute("SET LOCAL synchronous_commit TO off")
+            yield
+    finally:
+        close_old_connections()
 
 
 class DjangoStore:
@@ -166,8 +169,8 @@ class DjangoStore:
 
     def get_instance(self, instance_id: int) -> Instance | None:
         """Return a row that waits for its load on this node."""
-        close_old_connections()
-        row = ModelInstance.objects.select_related("model").filter(pk=instance_id, node_id=self.node_name).first()
+        with _brief(durable=False):
+            row = ModelInstance.objects.select_related("model").filter(pk=instance_id, node_id=self.node_name).first()
         if row is None or row.status != ModelInstance.Status.LOADING:
             return None
         return Instance(row.pk, row.identifier, _model_file(row.model), msgspec.convert(row.config, LoadConfig))

@@ -1,0 +1,139 @@
+"""Generations through a real host: what the stream says, what the row says, and what is left when something dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from models_app.models import Generation, InstalledModel, ModelInstance
+from tests.workers.support import GREEDY, Bench, make_host, wait_for
+from workers.events import ChatEnd, ChatStart, Error, MessageDelta, MessageEnd, MessageStart, ModelLoadEnd, ModelLoadStart
+from workers.schemas import ChatMessage, SamplingParams
+
+LONG = SamplingParams(temperature=0.0, repeat_penalty=1.0, max_tokens=1500, ignore_eos=True)
+
+
+def test_stream_and_row_tell_the_same_story(bench: Bench, starter: InstalledModel) -> None:
+    generation = bench.run(starter, "Which port does the server use?")
+    assert generation.status == "completed"
+    assert generation.content == "The server listens on port 1234 by default." == bench.text(generation)
+    kinds = [type(event) for event in bench.events(generation)]
+    assert kinds[:2] == [ChatStart, ModelLoadStart]
+    assert ModelLoadEnd in kinds
+    assert kinds[-2:] == [MessageEnd, ChatEnd]
+    assert kinds.count(MessageStart) == 1
+    assert [entry.seq for entry in bench.entries(generation)] == list(range(1, len(bench.entries(generation)) + 1))
+    assert generation.stats["stop_reason"] == "eosFound"
+    assert generation.stats["total_output_tokens"] == len(generation.output_tokens) == 17
+    assert generation.stats["input_tokens"] > 5
+    assert ModelInstance.objects.get().status == "ready"
+
+
+def test_stop_keeps_the_text_and_frees_the_slot(bench: Bench, starter: InstalledModel) -> None:
+    generation = bench.create(starter, "What is GGUF?", sampling=LONG)
+    bench.host.generate(str(generation.pk))
+    wait_for(lambda: len(bench.text(generation)) > 50)
+    bench.host.cancel(str(generation.pk))
+    bench.finished(generation)
+    assert generation.status == "cancelled"
+    assert generation.content == bench.text(generation) != ""
+    assert generation.stats["stop_reason"] == "userStopped"
+
+
+def test_the_cancel_flag_alone_is_enough(bench: Bench, starter: InstalledModel) -> None:
+    generation = bench.create(starter, "What is GGUF?", sampling=LONG)
+    Generation.objects.filter(pk=generation.pk).update(cancel_requested=True)
+    bench.host.generate(str(generation.pk))
+    assert bench.finished(generation).status == "cancelled"
+
+
+def test_a_killed_runner_loses_nothing(bench: Bench, starter: InstalledModel) -> None:
+    whole = bench.run(starter, "What is GGUF?", sampling=LONG)
+    generations = [bench.create(starter, "What is GGUF?", sampling=LONG) for _ in range(3)]
+    for generation in generations:
+        bench.host.generate(str(generation.pk))
+    wait_for(lambda: all(len(bench.text(generation)) > 50 for generation in generations))
+    runner = next(iter(bench.host._runners.values()))
+    os.kill(runner.process.pid, signal.SIGKILL)
+    for generation in generations:
+        bench.finished(generation)
+        assert generation.status == "completed"
+        assert generation.resumes == 1
+        assert generation.content == bench.text(generation)
+        assert generation.stats["total_output_tokens"] == whole.stats["total_output_tokens"]
+
+
+def test_sampling_with_a_seed_survives_a_crash(bench: Bench, starter: InstalledModel) -> None:
+    sampling = SamplingParams(temperature=1.0, seed=7, max_tokens=600, ignore_eos=True)
+    whole = bench.run(starter, "Tell me a story", sampling=sampling)
+    generation = bench.create(starter, "Tell me a story", sampling=sampling)
+    bench.host.generate(str(generation.pk))
+    wait_for(lambda: len(bench.text(generation)) > 50)
+    os.kill(next(iter(bench.host._runners.values())).process.pid, signal.SIGKILL)
+    bench.finished(generation)
+    same = next(
+        (i for i, (a, b) in enumerate(zip(whole.output_tokens, generation.output_tokens, strict=False)) if a != b), len(whole.output_tokens)
+    )
+    assert same > 30, "the resumed run must draw the random numbers that come next, not start over"
+
+
+def test_a_file_that_cannot_be_loaded_says_why(bench: Bench, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + b"\0" * 100)
+    generation = bench.run(bench.install(broken, "test/broken"), "hello")
+    assert generation.status == "failed"
+    assert generation.error_code == "model_load_failed"
+    assert isinstance(bench.events(generation)[-2], Error)
+    assert ModelInstance.objects.get().status == "failed"
+
+
+def test_a_prompt_over_the_context_is_refused(bench: Bench, starter: InstalledModel) -> None:
+    generation = bench.run(starter, "word " * 4000)
+    assert generation.status == "failed"
+    assert generation.error_code == "context_length_exceeded"
+    assert "2048" in generation.error_message
+
+
+def test_stop_strings_end_the_answer_and_are_not_sent(bench: Bench, starter: InstalledModel) -> None:
+    stop = SamplingParams(temperature=0.0, repeat_penalty=1.0, stop=["port 12"])
+    generation = bench.run(starter, "Which port does the server use?", sampling=stop)
+    assert generation.content == "The server listens on " == bench.text(generation)
+    assert generation.stats["stop_reason"] == "stopStringFound"
+
+
+def test_unload_ends_the_runner_and_its_row(bench: Bench, starter: InstalledModel) -> None:
+    bench.run(starter, "What is a token?")
+    instance = ModelInstance.objects.get()
+    process = bench.host._runners[instance.pk].process
+    bench.host.unload(instance.pk)
+    wait_for(lambda: not ModelInstance.objects.exists())
+    assert process.poll() is not None
+
+
+def test_shutdown_gives_unfinished_work_to_the_next_worker(bench: Bench, starter: InstalledModel, tmp_path: Path) -> None:
+    generation = bench.create(starter, "What is GGUF?", sampling=LONG)
+    bench.host.generate(str(generation.pk))
+    wait_for(lambda: len(bench.text(generation)) > 50)
+    bench.host.stop()
+    generation.refresh_from_db()
+    assert generation.status == "queued"
+    assert generation.content == bench.text(generation)
+    successor = Bench(make_host(tmp_path), bench.principal.user)
+    waiting = successor.host.start()
+    assert waiting == [str(generation.pk)]
+    successor.host.generate(waiting[0])
+    bench.finished(generation)
+    assert generation.content == bench.text(generation)
+    assert generation.stats["total_output_tokens"] == LONG.max_tokens
+    successor.host.stop()
+
+
+def test_thinking_is_kept_apart_from_the_answer(bench: Bench, starter: InstalledModel) -> None:
+    generation = bench.create(starter, "", messages=[ChatMessage(role="user", content="What is 3 + 4? /think")], sampling=GREEDY)
+    bench.host.generate(str(generation.pk))
+    bench.finished(generation)
+    assert generation.reasoning
+    assert "<think>" not in generation.reasoning + generation.content
+    assert generation.content
+    assert not any("think>" in event.content for event in bench.events(generation) if isinstance(event, MessageDelta))
