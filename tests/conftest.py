@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,12 @@ import pytest
 
 from lmweb.supervisor import discovery, embedded
 from lmweb.supervisor.identity import die_with_parent
+from tests.live import PASSWORD, Live
 
 if TYPE_CHECKING:
     from lmweb.models import User
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PASSWORD = "a-long-test-password"
 
 _processes: list[tuple[embedded.Service, subprocess.Popen[bytes]]] = []
 _data_dir: Path | None = None
@@ -113,3 +114,36 @@ def teammate(db: None) -> User:
 def stranger(db: None) -> User:
     """Return somebody with an account and no rights beyond looking at models."""
     return _person("stranger", "viewer")
+
+
+@pytest.fixture(scope="session")
+def live() -> Iterator[Live]:
+    """Run one whole installation for all tests that only use it: nobody is in it but those whom the tests make."""
+    installation = Live(_short_dir()).start()
+    yield installation
+    _end(installation)
+
+
+@pytest.fixture
+def fault_live(live: Live) -> Iterator[Live]:
+    """Lend the shared installation to a test that breaks parts of it, and wait afterwards until all is well again."""
+    live.wait_healthy()
+    yield live
+    live.wait_healthy()
+
+
+@pytest.fixture
+def fresh_live() -> Iterator[Live]:
+    """Run an installation of the test's own (about three seconds), with its set-up link still unused."""
+    installation = Live(_short_dir()).start()
+    yield installation
+    _end(installation)
+
+
+def _short_dir() -> Path:
+    return Path(tempfile.mkdtemp(prefix="lmweb-live-")) / "data"
+
+
+def _end(installation: Live) -> None:
+    installation.stop()
+    shutil.rmtree(installation.data_dir.parent, ignore_errors=True)

@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -194,7 +193,7 @@ def ping(path: Path) -> bool:
 
 def _command_line(pid: int) -> str:
     """Return a process's command line, empty if there is none. Raises ``OSError``."""
-    if sys.platform == "linux":  # where ``ps`` is not always installed
+    if Path("/proc/self").exists():  # Linux, where ``ps`` is not always installed
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
 
