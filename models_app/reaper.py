@@ -49,7 +49,7 @@ class Reaper:
 
     def _resend_queued(self, now: datetime) -> None:
         waiting = Generation.objects.filter(Q(lease_until=None) | Q(lease_until__lt=now), status=Generation.Status.QUEUED)
-        alive = WorkerNode.objects.alive().exists()  # type: ignore[attr-defined]
+        alive = WorkerNode.objects.alive().exists()
         for generation in waiting.order_by("created_at")[:500]:
             node = dispatch.choose_node(generation.model_id) if alive and generation.model_id else None
             if node is not None:

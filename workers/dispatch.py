@@ -22,7 +22,7 @@ CANCEL = "cancel_generation"
 
 def choose_node(model_id: int) -> WorkerNode | None:
     """Return the node to run this model on: one that has it in memory, else the one with most free memory; None if no node lives."""
-    nodes = list(WorkerNode.objects.alive().prefetch_related("instances"))  # type: ignore[attr-defined]
+    nodes = list(WorkerNode.objects.alive().prefetch_related("instances"))
     if not nodes:
         return None
 

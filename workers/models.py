@@ -32,7 +32,7 @@ class WorkerNode(models.Model):
     free_memory_bytes = models.BigIntegerField(default=0)
     total_memory_bytes = models.BigIntegerField(default=0)
 
-    objects: ClassVar[models.Manager[WorkerNode]] = WorkerNodeQuerySet.as_manager()  # type: ignore[assignment]
+    objects: ClassVar[models.Manager[WorkerNode]] = WorkerNodeQuerySet.as_manager()
 
     def __str__(self) -> str:
         return self.name

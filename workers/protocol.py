@@ -118,7 +118,7 @@ class Channel:
         self._sock = sock
         self._buffer = bytearray()
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[HostMessage | RunnerMessage] = msgspec.msgpack.Decoder(receives)  # type: ignore[arg-type]
+        self._decoder: msgspec.msgpack.Decoder[HostMessage | RunnerMessage] = msgspec.msgpack.Decoder(receives)
 
     def fileno(self) -> int:
         """Return the descriptor, for ``select``."""

@@ -200,5 +200,4 @@ class StreamWriter:
             live.sent = sent
 
     def _last_seq(self, generation_id: str) -> int:
-        rows = self._client.xrevrange(stream.key(generation_id), count=1)
-        return int(rows[0][0].split(b"-")[0]) if rows else 0  # type: ignore[index]
+        return stream.last_seq(self._client, generation_id)

@@ -327,9 +327,9 @@ def main() -> int:
         serve(channel, runner, step_log)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the host is gone, and with it everybody who wanted anything
-    os._exit(0)  # the system frees the memory faster than llama.cpp does
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    os._exit(code)  # the system frees the memory faster than llama.cpp does

@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 import redis.asyncio
@@ -69,7 +70,13 @@ def read_after(client: redis.Redis, generation_id: str, seq: int) -> list[Entry]
     return [parse(raw_id, fields) for raw_id, fields in rows]
 
 
+def last_seq(client: redis.Redis, generation_id: str) -> int:
+    """Return the ``seq`` of the newest stored entry, 0 if there is none."""
+    rows: list[tuple[bytes, dict[bytes, bytes]]] = client.xrevrange(key(generation_id), count=1)  # type: ignore[assignment]
+    return int(rows[0][0].split(b"-")[0]) if rows else 0
+
+
 async def wait_after(client: redis.asyncio.Redis, generation_id: str, seq: int, *, timeout_seconds: float) -> list[Entry]:
     """Return the entries after ``seq``, waiting for the first one up to the timeout (then an empty list)."""
-    found = await client.xread({key(generation_id): f"{seq}-0"}, block=max(1, int(timeout_seconds * 1000)), count=512)
+    found: Any = await client.xread({key(generation_id): f"{seq}-0"}, block=max(1, int(timeout_seconds * 1000)), count=512)
     return [parse(raw_id, fields) for _, rows in found or [] for raw_id, fields in rows]

@@ -44,8 +44,12 @@ class Model:
         C.llama_backend_init()
         params = C.llama_model_default_params()
         params.n_gpu_layers = gpu_layers if gpu_layers >= 0 else 999_999
-        # The callback must outlive the call; returning False would cancel the load.
-        self._progress = C.llama_progress_callback(lambda fraction, _data: on_progress(fraction) or True)
+
+        def report(fraction: float, _data: Any) -> bool:
+            on_progress(fraction)
+            return True  # False would cancel the load
+
+        self._progress = C.llama_progress_callback(report)  # must outlive the call
         params.progress_callback = self._progress
         self.handle = C.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
@@ -128,7 +132,7 @@ class Context:
     def _make_batch(self, n: int) -> Any:
         self._counts = np.ones(n, np.int32)
         self._pointers = np.arange(n, dtype=np.uint64) * 4 + np.uint64(self.sequence_ids.ctypes.data)
-        batch = C.llama_batch()
+        batch: Any = C.llama_batch()  # ctypes: the declared field types are not what it takes
         batch.token = self.tokens.ctypes.data_as(ctypes.POINTER(C.llama_token))
         batch.pos = self.positions.ctypes.data_as(ctypes.POINTER(C.llama_pos))
         batch.n_seq_id = self._counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
