@@ -1,0 +1,39 @@
+"""Who calls the API: always a token, never a cookie. Every dialect authenticates here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from django.http import HttpRequest
+
+from lmweb.access import Principal, authenticate_token
+from lmweb.db import run_db
+from lmweb.errors import NotAuthenticated
+
+MAX_SECRET_LENGTH = 512
+
+
+def secret_of(request: HttpRequest) -> str:
+    """Return the token that a request carries as ``Authorization: Bearer`` or ``x-api-key``; the first one wins if it has both.
+
+    Raises ``NotAuthenticated`` if it carries none.
+    """
+    authorization = request.headers.get("Authorization", "").strip()
+    if authorization:
+        scheme, _, secret = authorization.partition(" ")
+        secret = secret.strip() if scheme.lower() == "bearer" else ""
+    else:
+        secret = request.headers.get("X-Api-Key", "").strip()
+    if not secret or len(secret) > MAX_SECRET_LENGTH:
+        raise NotAuthenticated("Send an API token in the header 'Authorization: Bearer sk-lm-...'. Create one in Developer, API tokens.")
+    return secret
+
+
+async def authenticate(request: HttpRequest) -> Principal:
+    """Return the principal of a request. Raises ``NotAuthenticated``. The default of every route: an API without it is refused."""
+    return await run_db(authenticate_token, secret_of(request))
+
+
+def principal_of(request: HttpRequest) -> Principal:
+    """Return who was authenticated for this request."""
+    return cast("Principal", request.auth)  # type: ignore[attr-defined]

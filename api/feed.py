@@ -1,0 +1,106 @@
+"""A generation as an API request sees it: started by the request, followed by it, and cancelled when its client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from django.db.utils import DatabaseError
+
+from lmweb.access import Principal
+from lmweb.db import run_db
+from lmweb.errors import LmwebError
+from models_app.generations import cancel_generation, start_generation, watch
+from models_app.models import Generation
+from workers.events import AnyEvent, decode_events
+from workers.schemas import GenerationRequest
+from workers.stream import Entry
+
+logger = logging.getLogger(__name__)
+
+CANCEL_ATTEMPTS = 5
+
+_background: set[asyncio.Task[None]] = set()
+
+
+class Feed:
+    """The events of one generation, in the order of their making. ``close`` it when done: what has not ended by then is cancelled."""
+
+    def __init__(self, principal: Principal, generation: Generation) -> None:
+        self.generation = generation
+        self._principal = principal
+        self._entries: AsyncIterator[Entry] = watch(str(generation.pk))
+        self._next: asyncio.Future[Entry] | None = None
+        self._ended = False
+
+    @classmethod
+    async def start(cls, principal: Principal, request: GenerationRequest, source: str) -> Feed:
+        """Start a generation. Raises what ``start_generation`` raises.
+
+        The database thread cannot be interrupted: if the client goes away while it writes the row, the row is cancelled
+        afterwards under the id that was chosen here.
+        """
+        generation_id = uuid.uuid4()
+        starting = asyncio.ensure_future(
+            run_db(start_generation, principal=principal, request=request, source=source, generation_id=generation_id)
+        )
+        try:
+            return cls(principal, await asyncio.shield(starting))
+        except asyncio.CancelledError:
+            _in_background(_cancel(principal, generation_id, starting))
+            raise
+
+    async def events(self, timeout_seconds: float | None = None) -> list[AnyEvent] | None:
+        """Return the events of the next step; None if nothing came in time; an empty list after the end."""
+        if self._ended:
+            return []
+        # The wait goes on in the next call: cancelling it would end the iterator.
+        self._next = self._next or asyncio.ensure_future(_following(self._entries))
+        done, _ = await asyncio.wait({self._next}, timeout=timeout_seconds)
+        if not done:
+            return None
+        entry = self._next.result()
+        self._next = None
+        events = decode_events(entry.events)
+        self._ended = any(event.__struct_config__.tag == "chat.end" for event in events)
+        return events
+
+    def close(self) -> None:
+        """Stop following, and cancel the generation unless it has ended. Safe to call more than once."""
+        if self._next:
+            self._next.cancel()
+            self._next = None
+        if not self._ended:
+            self._ended = True
+            _in_background(_cancel(self._principal, self.generation.pk))
+
+
+async def _following(entries: AsyncIterator[Entry]) -> Entry:
+    return await anext(entries)
+
+
+async def _cancel(principal: Principal, generation_id: uuid.UUID, starting: asyncio.Future[Generation] | None = None) -> None:
+    """Cancel a generation whose client has gone; nobody is left to tell of errors but the log."""
+    if starting:
+        try:
+            await starting
+        except (LmwebError, DatabaseError):
+            return  # it never began
+    for attempt in range(CANCEL_ATTEMPTS):
+        await asyncio.sleep(attempt)
+        try:
+            await run_db(cancel_generation, principal=principal, generation_id=generation_id)
+        except (LmwebError, DatabaseError) as error:
+            logger.warning("could not cancel generation %s: %s", generation_id, type(error).__name__)
+        else:
+            return
+
+
+def _in_background(work: Coroutine[Any, Any, None]) -> None:
+    """Run ``work`` past the end of the request; the event loop itself holds tasks by weak references only."""
+    task = asyncio.ensure_future(work)
+    _background.add(task)
+    task.add_done_callback(_background.discard)

@@ -1,0 +1,191 @@
+"""OpenAI's routes. They parse, start, follow and write; what is allowed is decided in ``lmweb.access``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+
+import msgspec
+from django.http import HttpRequest, HttpResponse
+from django.http.response import HttpResponseBase
+from ninja import Router
+
+from api import sse
+from api.auth import principal_of
+from api.feed import Feed
+from api.openai import translate
+from api.openai.schemas import ChatCompletionRequest, Model, ModelList
+from lmweb.access import Action, Principal, require
+from lmweb.db import run_db
+from lmweb.errors import GenerationInterrupted, InvalidRequest, LmwebError
+from models_app.generations import resolve_model
+from models_app.models import InstalledModel
+from workers.events import (
+    AnyEvent,
+    ChatEnd,
+    Error,
+    MessageDelta,
+    ModelLoadProgress,
+    PromptProcessingProgress,
+    QueueUpdate,
+    ReasoningDelta,
+    Snapshot,
+)
+
+router = Router()
+
+#: How long a stream's headers wait for the first token, so that an early failure is still a proper HTTP error.
+HEADER_WAIT_SECONDS = 3.0
+KEEP_ALIVE_SECONDS = 10.0
+
+_encoder = msgspec.json.Encoder()
+
+
+def json_response(body: msgspec.Struct, *, status: int = 200) -> HttpResponse:
+    """Return a struct as JSON."""
+    headers = {"X-Content-Type-Options": "nosniff"}
+    return HttpResponse(_encoder.encode(body), status=status, content_type="application/json", headers=headers)
+
+
+@router.get("/models")
+async def list_models(request: HttpRequest) -> HttpResponse:
+    """List the models that requests may name; one that is not in memory is loaded on first use."""
+    return json_response(ModelList([_model(model) for model in await run_db(_visible_models, principal_of(request))]))
+
+
+@router.get("/models/{path:model_id}")
+async def get_model(request: HttpRequest, model_id: str) -> HttpResponse:
+    """Describe one model."""
+    return json_response(_model(await run_db(_visible_model, principal_of(request), model_id)))
+
+
+@router.post("/chat/completions")
+async def chat_completions(request: HttpRequest) -> HttpResponseBase:
+    """Answer a conversation, as a stream or at once. A closed connection cancels the generation."""
+    body = translate.parse_request(_json_body(request))
+    feed = await Feed.start(principal_of(request), translate.to_generation_request(body), "openai")
+    if body.stream:
+        return await _stream(feed, body)
+    try:
+        end = await _end(feed)
+    finally:
+        feed.close()
+    return json_response(translate.completion(feed.generation.pk, feed.generation.model_key, end))
+
+
+def _visible_models(principal: Principal) -> list[InstalledModel]:
+    require(principal, Action.READ_MODELS)
+    return list(InstalledModel.objects.visible_to(principal))
+
+
+def _visible_model(principal: Principal, name: str) -> InstalledModel:
+    require(principal, Action.READ_MODELS)
+    return resolve_model(principal, name)
+
+
+def _model(model: InstalledModel) -> Model:
+    return Model(id=model.key, created=int(model.created_at.timestamp()), owned_by=model.publisher)
+
+
+def _json_body(request: HttpRequest) -> bytes:
+    """Return the body. Raises ``InvalidRequest`` if it is declared as something else than JSON."""
+    kind = (request.content_type or "").lower()
+    if kind and kind != "application/json" and not kind.endswith("+json"):
+        raise InvalidRequest(f"The body must be application/json, not {kind[:80]}.")
+    return request.body
+
+
+async def _end(feed: Feed) -> ChatEnd:
+    """Wait for the last event. Raises the error that the generation failed with."""
+    while events := await feed.events():
+        _raise_failure(events)
+        for event in events:
+            if isinstance(event, ChatEnd):
+                return event
+    raise GenerationInterrupted("The answer ended without a result. Please send the request again.")
+
+
+async def _stream(feed: Feed, body: ChatCompletionRequest) -> HttpResponseBase:
+    """Return the streaming response. The headers wait a little, so that failures before the first token are HTTP errors."""
+    include_usage = bool(body.stream_options and body.stream_options.include_usage)
+    translator = translate.ChunkTranslator(feed.generation.pk, feed.generation.model_key, include_usage=include_usage)
+    try:
+        head = await _head(feed)
+        first = b"".join(_written(translator, head))
+    except BaseException:
+        feed.close()
+        raise
+    return sse.response(_written_stream(feed, translator, first, ended=_has_end(head)))
+
+
+async def _head(feed: Feed) -> list[AnyEvent]:
+    """Return the events up to the first text, the end, or the moment when headers must go out.
+
+    Raises the error that the generation failed with by then.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + HEADER_WAIT_SECONDS
+    head: list[AnyEvent] = []
+    while (remaining := deadline - loop.time()) > 0:
+        events = await feed.events(remaining)
+        if not events:
+            break
+        _raise_failure(events)
+        head += events
+        if any(isinstance(event, MessageDelta | ReasoningDelta | Snapshot | ChatEnd) for event in events):
+            break
+    return head
+
+
+async def _written_stream(feed: Feed, translator: translate.ChunkTranslator, first: bytes, *, ended: bool) -> AsyncIterator[bytes]:
+    """Yield the bytes of a stream, and cancel the generation if the client goes away."""
+    try:
+        yield first or sse.KEEP_ALIVE
+        while not ended:
+            events = await feed.events(KEEP_ALIVE_SECONDS)
+            if events is None:
+                yield sse.KEEP_ALIVE
+                continue
+            ended = not events or _has_end(events)
+            written = b"".join(_written(translator, events))
+            if written:
+                yield written
+    except LmwebError as error:
+        yield _written_error(error)
+    finally:
+        feed.close()
+
+
+def _raise_failure(events: Iterable[AnyEvent]) -> None:
+    for event in events:
+        if isinstance(event, Error):
+            raise translate.error_of(event.error)
+
+
+def _has_end(events: Iterable[AnyEvent]) -> bool:
+    return any(isinstance(event, ChatEnd) for event in events)
+
+
+def _written_error(error: LmwebError) -> bytes:
+    return sse.data(_encoder.encode(translate.error_response(error)))
+
+
+def _written(translator: translate.ChunkTranslator, events: Iterable[AnyEvent]) -> Iterable[bytes]:
+    """Yield the events as OpenAI's stream has them; what it has no word for becomes a comment that keeps the connection awake.
+
+    A failed generation ends with an error event and without ``[DONE]``.
+    """
+    for event in events:
+        match event:
+            case QueueUpdate():
+                yield sse.comment(f"queue position {event.position}")
+            case ModelLoadProgress():
+                yield sse.comment(f"loading the model {event.progress:.0%}")
+            case PromptProcessingProgress():
+                yield sse.comment(f"reading the prompt {event.progress:.0%}")
+            case Error():
+                yield _written_error(translate.error_of(event.error))
+        for chunk in translator.chunks(event):
+            yield sse.data(_encoder.encode(chunk))
+        if isinstance(event, ChatEnd) and not translator.failed:
+            yield sse.DONE

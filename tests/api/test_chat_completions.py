@@ -1,0 +1,363 @@
+"""``POST /v1/chat/completions`` through the whole ASGI application, with the worker's part played by hand."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from lmweb.db import run_db
+from lmweb.models import ApiToken, User
+from models_app.models import Generation, InstalledModel
+from tests.api.client import Call, call
+from tests.api.hand import hand, status_becomes_cancelled
+from workers.events import (
+    Error,
+    ErrorInfo,
+    MessageDelta,
+    ModelLoadProgress,
+    OutputItem,
+    QueueUpdate,
+    ReasoningDelta,
+    ReasoningStart,
+    Snapshot,
+)
+
+pytestmark = [pytest.mark.usefixtures("model"), pytest.mark.asyncio(loop_scope="session")]
+
+URL = "/v1/chat/completions"
+BODY = {"model": "acme/tiny", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def begin(token: str, **more: object) -> Call:
+    import json
+
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    return Call("POST", URL, headers=headers, body=json.dumps(BODY | more).encode())
+
+
+async def test_answers_at_once(token: str) -> None:
+    request = begin(token, max_tokens=5, stop="END")
+    worker = await hand()
+    await run_db(worker.say, "Hel", "lo")
+    output = [OutputItem(type="reasoning", content="hm"), OutputItem(type="message", content="Hello")]
+    await run_db(worker.end, output=output, reasoning_output_tokens=1, cached_input_tokens=2)
+    answer = await request.done()
+    assert answer.status == 200
+    body = answer.json()
+    assert body["id"] == f"chatcmpl-{worker.id.replace('-', '')}"
+    assert (body["object"], body["model"]) == ("chat.completion", "acme/tiny")
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hello", "reasoning_content": "hm", "refusal": None},
+            "finish_reason": "stop",
+            "logprobs": None,
+        }
+    ]
+    assert body["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 3,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 2},
+        "completion_tokens_details": {"reasoning_tokens": 1},
+    }
+    row = await run_db(Generation.objects.get, pk=worker.id)
+    assert row.source == "openai"
+    assert row.request["sampling"] == {"max_tokens": 5, "stop": ["END"]}
+
+
+async def test_streams_in_openai_order(token: str) -> None:
+    request = begin(token, stream=True, stream_options={"include_usage": True})
+    worker = await hand()
+    await run_db(worker.say, "Hel")
+    await request.until("Hel")
+    assert request.answer.headers["content-type"].startswith("text/event-stream")
+    assert request.answer.headers["cache-control"] == "no-cache"
+    assert request.answer.headers["x-accel-buffering"] == "no"
+    await run_db(worker.say, "lo")
+    await run_db(worker.end, stop_reason="maxPredictedTokensReached")
+    *chunks, done = (await request.done()).chunks()
+    assert done == "[DONE]"
+    assert [c["choices"][0]["delta"] for c in chunks[:-1]] == [
+        {"role": "assistant", "content": ""},
+        {"content": "Hel"},
+        {"content": "lo"},
+        {},
+    ]
+    assert [c["choices"][0]["finish_reason"] for c in chunks[:-1]] == [None, None, None, "length"]
+    assert all(c["usage"] is None for c in chunks[:-1])
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["total_tokens"] == 10
+    assert {(c["id"], c["object"], c["model"]) for c in chunks} == {
+        (f"chatcmpl-{worker.id.replace('-', '')}", "chat.completion.chunk", "acme/tiny")
+    }
+
+
+async def test_no_usage_unless_asked(token: str) -> None:
+    request = begin(token, stream=True)
+    worker = await hand()
+    await run_db(worker.say, "x")
+    await run_db(worker.end)
+    answer = await request.done()
+    assert b"usage" not in answer.body
+
+
+async def test_reasoning_comes_before_the_answer(token: str) -> None:
+    request = begin(token, stream=True)
+    worker = await hand()
+    await run_db(worker.write, ReasoningStart(), ReasoningDelta(content="hm"))
+    await run_db(worker.write, MessageDelta(content="Yes"))
+    await run_db(worker.end)
+    deltas = [c["choices"][0]["delta"] for c in (await request.done()).chunks() if c != "[DONE]"]
+    assert deltas == [{"role": "assistant", "content": ""}, {"reasoning_content": "hm"}, {"content": "Yes"}, {}]
+
+
+async def test_an_early_failure_is_an_http_error_in_both_modes(token: str) -> None:
+    for number, mode in enumerate((True, False), 1):
+        request = begin(token, stream=mode)
+        worker = await hand(number)
+        info = ErrorInfo(code="context_length_exceeded", message="The prompt has 300 tokens; the context holds 256.", param="messages")
+        await run_db(worker.end, Error(error=info), status="failed", stop_reason="failed")
+        answer = await request.done()
+        assert answer.status == 400
+        assert answer.error() == {
+            "message": info.message,
+            "type": "invalid_request_error",
+            "param": "messages",
+            "code": "context_length_exceeded",
+        }
+
+
+async def test_a_late_failure_keeps_the_text_and_ends_with_an_error_event(token: str) -> None:
+    request = begin(token, stream=True)
+    worker = await hand()
+    await run_db(worker.say, "part")
+    await request.until("part")
+    await run_db(
+        worker.end, MessageDelta(content="ial"), Error(error=ErrorInfo(code="generation_interrupted", message="Lost.")), status="failed"
+    )
+    answer = await request.done()
+    assert answer.status == 200
+    *chunks, last = answer.chunks()
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == "partial"
+    assert last == {"error": {"message": "Lost.", "type": "server_error", "param": None, "code": "generation_interrupted"}}
+
+
+async def test_waiting_is_visible_as_comments(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.openai.routes.HEADER_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("api.openai.routes.KEEP_ALIVE_SECONDS", 0.2)
+    request = begin(token, stream=True)
+    worker = await hand()
+    await run_db(worker.write, QueueUpdate(position=2, reason="busy"))
+    await request.until(": queue position 2\n\n")
+    await run_db(worker.write, ModelLoadProgress(model_instance_id="acme/tiny", progress=0.43))
+    await request.until(": loading the model 43%\n\n")
+    await request.until(": keep-alive\n\n")
+    await run_db(worker.end, Error(error=ErrorInfo(code="model_load_failed", message="No memory.")), status="failed")
+    answer = await request.done()
+    assert answer.status == 200
+    assert answer.chunks() == [{"error": {"message": "No memory.", "type": "server_error", "param": None, "code": "model_load_failed"}}]
+
+
+@pytest.mark.parametrize(("content", "continues"), [("Hello", True), ("Hell", True), ("Help", False)])
+async def test_a_snapshot_continues_what_was_sent(token: str, content: str, continues: bool) -> None:
+    request = begin(token, stream=True)
+    worker = await hand()
+    await run_db(worker.say, "Hel", "l")
+    await request.until('"l"')
+    await run_db(worker.write, Snapshot(content=content))
+    await run_db(worker.end)
+    chunks = (await request.done()).chunks()
+    if continues:
+        assert request.answer.text() == content
+        assert chunks[-1] == "[DONE]"
+    else:
+        assert chunks[-1]["error"]["code"] == "generation_interrupted"
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_closed_connection_cancels(token: str, mode: bool, begun: bool) -> None:
+    request = begin(token, stream=mode)
+    worker = await hand()
+    if begun:
+        await run_db(worker.say, "Hel")
+        if mode:
+            await request.until("Hel")
+    await request.leave()
+    assert await status_becomes_cancelled(worker.id)
+
+
+async def test_a_client_that_leaves_during_the_start_leaves_nothing_running(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from models_app import generations
+
+    def slow(*args: object, **options: object) -> Generation:
+        import time
+
+        time.sleep(0.3)
+        return generations.start_generation(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("api.feed.start_generation", slow)
+    request = begin(token)
+    await asyncio.sleep(0.15)
+    await request.leave()
+    worker = await hand()
+    assert await status_becomes_cancelled(worker.id)
+
+
+async def test_a_finished_answer_is_not_cancelled(token: str) -> None:
+    for number, mode in enumerate((True, False), 1):
+        request = begin(token, stream=mode)
+        worker = await hand(number)
+        await run_db(worker.say, "x")
+        await run_db(worker.end)
+        await request.done()
+        await asyncio.sleep(0.2)
+        row = await run_db(Generation.objects.get, pk=worker.id)
+        assert (row.status, row.cancel_requested) == ("completed", False)
+
+
+async def test_cancelled_from_elsewhere_ends_properly(token: str) -> None:
+    request = begin(token, stream=True)
+    worker = await hand()
+    await run_db(worker.say, "par")
+    await run_db(worker.end, status="cancelled", stop_reason="userStopped")
+    chunks = (await request.done()).chunks()
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-1] == "[DONE]"
+
+
+BAD = [
+    ({"model": "acme/none"}, 404, "model", "model_not_found"),
+    ({"model": ""}, 400, "model", "invalid_request"),
+    ({"model": "a\x00b"}, 404, "model", "model_not_found"),
+    ({"model": "x" * 600}, 400, "model", "invalid_request"),
+    ({"model": 7}, 400, "model", "invalid_request"),
+    ({"model": None}, 400, "model", "invalid_request"),
+    ({"messages": []}, 400, "messages", "invalid_request"),
+    ({"messages": "Hi"}, 400, "messages", "invalid_request"),
+    ({"messages": [None]}, 400, "messages[0]", "invalid_request"),
+    ({"messages": [{"content": "x"}]}, 400, "messages[0].role", "invalid_request"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role", "invalid_request"),
+    ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "invalid_request"),
+    ({"messages": [{"role": "user", "content": "a\x00b"}]}, 400, "messages[0].content", "invalid_request"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0]", "invalid_request"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0].text", "invalid_request"),
+    ({"messages": [{"role": "tool", "content": "4"}]}, 400, "messages[0]", "invalid_request"),
+    ({"temperature": "hot"}, 400, "temperature", "invalid_request"),
+    ({"temperature": 9}, 400, "temperature", "invalid_request"),
+    ({"temperature": True}, 400, "temperature", "invalid_request"),
+    ({"top_p": -1}, 400, "top_p", "invalid_request"),
+    ({"max_tokens": 0}, 400, "max_tokens", "invalid_request"),
+    ({"max_tokens": 10**30}, 400, "max_tokens", "invalid_request"),
+    ({"max_completion_tokens": -5}, 400, "max_completion_tokens", "invalid_request"),
+    ({"seed": 2**64}, 400, "seed", "invalid_request"),
+    ({"stop": ["x"] * 17}, 400, "stop", "invalid_request"),
+    ({"stop": [""]}, 400, "stop[0]", "invalid_request"),
+    ({"stop": ["a\x00"]}, 400, "stop", "invalid_request"),
+    ({"logit_bias": {"x": 1}}, 400, "logit_bias", "invalid_request"),
+    ({"logit_bias": {"1": 101}}, 400, "logit_bias", "invalid_request"),
+    ({"stream": "yes"}, 400, "stream", "invalid_request"),
+    ({"stream_options": []}, 400, "stream_options", "invalid_request"),
+    ({"chat_template_kwargs": {"messages": "x"}}, 400, "chat_template_kwargs", "invalid_request"),
+    ({"chat_template_kwargs": {"x": [1]}}, 400, "chat_template_kwargs", "invalid_request"),
+    ({"n": 2}, 400, "n", "invalid_request"),
+    ({"tools": [{"type": "function"}]}, 400, "tools", "invalid_request"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format", "invalid_request"),
+    ({"logprobs": True}, 400, "logprobs", "invalid_request"),
+    ({"modalities": ["audio"]}, 400, "modalities", "invalid_request"),
+]
+
+
+@pytest.mark.parametrize(("change", "status", "param", "code"), BAD, ids=[str(case[0])[:50] for case in BAD])
+async def test_bad_values_are_named(token: str, change: dict[str, object], status: int, param: str, code: str) -> None:
+    answer = await call("POST", URL, token=token, json_body=BODY | change)
+    assert answer.status == status, answer.body
+    error = answer.error()
+    assert (error["param"], error["code"]) == (param, code)
+    assert not await run_db(Generation.objects.exists)
+
+
+RAW = {
+    "empty": b"",
+    "not JSON": b"{",
+    "array": b"[]",
+    "null": b"null",
+    "NaN": b'{"model":"acme/tiny","messages":[{"role":"user","content":"x"}],"temperature":NaN}',
+    "infinity": b'{"model":"acme/tiny","messages":[{"role":"user","content":"x"}],"temperature":1e999}',
+    "lone surrogate": b'{"model":"acme/tiny","messages":[{"role":"user","content":"\\ud800 x"}]}',
+    "no UTF-8": b'{"model":"acme/tiny","messages":[{"role":"user","content":"\xff"}]}',
+    "deep": b'{"tools":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+    "deep and unknown": b'{"zzz":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001,
+    "huge number": b'{"seed":' + b"9" * 100_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+async def test_bad_bodies_are_refused(token: str, name: str) -> None:
+    answer = await call("POST", URL, token=token, body=RAW[name], headers={"Content-Type": "application/json"})
+    assert answer.status == 400
+    assert answer.error()["type"] == "invalid_request_error"
+    assert not await run_db(Generation.objects.exists)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+async def test_other_content_types_are_refused(token: str, kind: str) -> None:
+    answer = await call("POST", URL, token=token, json_body=BODY, headers={"Content-Type": kind})
+    assert answer.status == 400
+    assert "application/json" in answer.error()["message"]
+
+
+async def test_too_large_a_body_is_413(token: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    declared = await call("POST", URL, token=token, headers=headers | {"Content-Length": str(21 * 1024 * 1024)})
+    counted = await call("POST", URL, token=token, headers=headers, body=[b"x" * 1024 * 1024] * 21)
+    for answer in (declared, counted):
+        assert answer.status == 413
+        assert answer.error()["code"] == "payload_too_large"
+
+
+async def test_unknown_fields_and_harmless_values_are_accepted(token: str) -> None:
+    harmless = {
+        "n": 1, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logprobs": False, "user": "u", "store": False,
+        "metadata": {"a": "b"}, "parallel_tool_calls": True, "service_tier": "auto", "cache_prompt": True, "max_tokens": -1,
+    }  # fmt: skip
+    request = begin(token, **harmless)
+    worker = await hand()
+    await run_db(worker.end)
+    assert (await request.done()).status == 200
+
+
+async def test_a_viewer_and_a_narrow_token_may_not_generate(stranger: User, owner: User) -> None:
+    narrow = await run_db(ApiToken.issue, user=owner, name="n", scopes=["models:read"])
+    viewer = await run_db(ApiToken.issue, user=stranger, name="v")
+    for _, secret in (narrow, viewer):
+        answer = await call("POST", URL, token=secret, json_body=BODY)
+        assert answer.status == 403
+        assert answer.error()["type"] == "permission_error"
+    assert not await run_db(Generation.objects.exists)
+
+
+async def test_lists_and_describes_models(token: str, model: InstalledModel) -> None:
+    entry = {"id": "acme/tiny", "object": "model", "created": int(model.created_at.timestamp()), "owned_by": "acme"}
+    assert (await call("GET", "/v1/models", token=token)).json() == {"object": "list", "data": [entry]}
+    assert (await call("GET", "/v1/models/acme/tiny", token=token)).json() == entry
+    assert (await call("GET", "/v1/models/ACME%2FTiny", token=token)).json() == entry
+    missing = await call("GET", "/v1/models/acme/none", token=token)
+    assert (missing.status, missing.error()["code"]) == (404, "model_not_found")
+
+
+async def test_wrong_methods_and_unknown_routes(token: str) -> None:
+    for method, path, status in [
+        ("GET", URL, 405),
+        ("POST", "/v1/models", 405),
+        ("DELETE", "/v1/models/acme/tiny", 405),
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/completions/", 404),
+        ("GET", "/v1/", 404),
+        ("OPTIONS", URL, 405),
+    ]:
+        answer = await call(method, path, token=token)
+        assert (answer.status, method, path) == (status, method, path)
+        answer.error()
