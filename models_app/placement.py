@@ -1,15 +1,17 @@
 """Puts model files into the models directory and takes them out again.
 
 A file appears under its final name complete or not at all: it is brought in under a temporary name on the same file system,
-checked, and renamed. When anything fails, a file that was to be moved is back where it was.
+checked, and renamed. A file that is moved gets its second name first and loses its old one last, so that it is never lost.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +22,8 @@ from typing import Final, Self
 from django.conf import settings
 
 from lmweb.errors import Conflict, InvalidModelFile, InvalidRequest
+
+logger = logging.getLogger(__name__)
 
 #: Left free on the disk for the database and logs.
 RESERVED_BYTES: Final = 256 * 1024 * 1024
@@ -42,6 +46,21 @@ def models_dir() -> Path:
     directory = Path(settings.MODELS_DIR)
     directory.mkdir(parents=True, exist_ok=True)
     return directory.resolve()
+
+
+def hidden_folder(name: str) -> Path:
+    """Return a folder for unfinished work inside the models directory, on the same file system."""
+    folder = models_dir() / f".{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def remove_stale(folder: Path, older_than_seconds: float) -> None:
+    """Delete the files of such a folder that nobody wrote to for so long: leftovers of processes that were killed."""
+    limit = time.time() - older_than_seconds
+    for file in folder.iterdir():
+        if file.lstat().st_ctime < limit:
+            file.unlink(missing_ok=True)
 
 
 def require_free_space(needed_bytes: int) -> None:
@@ -92,14 +111,11 @@ class Incoming:
     path: Path = field(init=False)
     _target: Path | None = field(default=None, init=False)
     _published: bool = field(default=False, init=False)
-    _copied: bool = field(default=False, init=False)
     _done: bool = field(default=False, init=False)
 
     def __enter__(self) -> Self:
         """Bring the file in under a temporary name. Raises ``Conflict`` without space, ``InvalidRequest`` if a link cannot be made."""
-        folder = models_dir() / ".incoming"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self.path = folder / uuid.uuid4().hex
+        self.path = hidden_folder("incoming") / uuid.uuid4().hex
         try:
             self._bring()
         except OSError as error:
@@ -128,10 +144,13 @@ class Incoming:
         self._published = True
 
     def finish(self) -> None:
-        """Keep the file: the row that names it is stored. A file that was moved by copying disappears from where it was."""
+        """Keep the file: the row that names it is stored. A file that was moved disappears from where it was."""
         self._done = True
-        if self.mode is Mode.MOVE and self._copied:
-            self.source.unlink(missing_ok=True)
+        if self.mode is Mode.MOVE:
+            try:
+                self.source.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s was copied, not moved: it cannot be removed (%s)", self.source, error.strerror)
 
     def _bring(self) -> None:
         if self.mode is Mode.HARD_LINK:
@@ -145,14 +164,11 @@ class Incoming:
 
     def _move(self) -> None:
         try:
-            self.source.rename(self.path)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
+            os.link(self.source, self.path)
+        except OSError:  # another disk or owner, or a file system without hard links
             self._copy()
 
     def _copy(self) -> None:
-        self._copied = True
         total = self.source.stat().st_size
         require_free_space(total)
         done = 0
@@ -167,12 +183,9 @@ class Incoming:
             os.fsync(writer.fileno())
 
     def _undo(self) -> None:
-        here = self._target if self._published and self._target else self.path
-        if self.mode is Mode.MOVE and not self._copied:
-            if here.exists() and not self.source.exists():
-                here.rename(self.source)
-        else:
-            here.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+        if self._target and self._published:
+            self._target.unlink(missing_ok=True)
         if self._target:
             remove_empty_folders(self._target)
 

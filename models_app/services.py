@@ -61,6 +61,7 @@ def import_file(
     if principal:
         require(principal, Action.IMPORT_MODELS)
     source = placement.check_source(source, mode)
+    _refuse_stored_file(source)
     name = naming.file_name(original_name or source.name)
     model = gguf.read_model(source)
     publisher, repo = naming.parse_user_repo(user_repo) if user_repo else naming.guess_user_repo(name, model)
@@ -86,6 +87,15 @@ def import_file(
             raise InvalidModelFile("The file changed while it was imported. Nothing was stored.")
         _store(row, incoming)
     return row
+
+
+def _refuse_stored_file(source: Path) -> None:
+    """Raise ``Conflict`` for a file that a model lives in already: moving it would take it away from that model."""
+    root = placement.models_dir()
+    if source.is_relative_to(root):
+        owner = InstalledModel.objects.filter(path=str(source.relative_to(root))).first()
+        if owner is not None:
+            raise Conflict(f"This file is installed already, as {owner.key}.", details={"key": owner.key})
 
 
 def free_key(publisher: str, repo: str, path: str, quantization: str) -> str:

@@ -1,0 +1,19 @@
+"""Routes of the My Models page."""
+
+from __future__ import annotations
+
+from django.urls import path
+
+from models_app import views
+
+urlpatterns = [
+    path("", views.my_models, name="my-models"),
+    path("list", views.model_list, name="model-list"),
+    path("<int:model_id>/load", views.load, name="model-load"),
+    path("<int:model_id>/load-options", views.load_options, name="model-load-options"),
+    path("<int:model_id>/delete", views.delete, name="model-delete"),
+    path("instances/<int:instance_id>/unload", views.unload, name="instance-unload"),
+    path("uploads", views.new_upload, name="uploads"),
+    path("uploads/<str:upload_id>", views.upload, name="upload"),
+    path("uploads/<str:upload_id>/finish", views.finish_upload, name="upload-finish"),
+]

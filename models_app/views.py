@@ -1,0 +1,297 @@
+"""The My Models page: what is on disk, what is in memory, and uploads. Every act is a call of ``services`` or ``uploads``."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
+
+import msgspec
+from django.db.models import Count, Prefetch, Q, QuerySet
+from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.shortcuts import render
+from django.template.loader import render_to_string
+from django.utils.cache import patch_cache_control
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
+
+from lmweb.access import Action, Principal, require
+from lmweb.errors import InvalidRequest, LmwebError, NotFound, PayloadTooLarge
+from lmweb.models import User
+from models_app import placement, services, uploads
+from models_app.forms import LoadForm
+from models_app.models import InstalledModel, ModelInstance
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+PAGE_SIZE: Final = 100
+MAX_LIMIT: Final = 10_000
+
+#: The columns that sort: name in the address -> (label, ordering in the natural direction).
+SORTS: Final = {
+    "name": ("Name", "display_name"),
+    "publisher": ("Publisher", "publisher"),
+    "size": ("Size", "-size_bytes"),
+    "context": ("Context", "-max_context_length"),
+    "added": ("Newest", "-created_at"),
+    "loaded": ("Loaded first", "-instance_count"),
+}
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which models are listed, and in what order; anything odd counts as not given."""
+
+    query: str
+    sort: str
+    limit: int
+
+    @classmethod
+    def parse(cls, request: HttpRequest) -> Filter:
+        """Read it from the address, or from the fields that a button sends along."""
+        given = request.POST if request.method == "POST" else request.GET
+        sort, limit = given.get("sort", ""), given.get("limit", "")
+        number = int(limit) if limit.isascii() and limit.isdigit() and len(limit) < 7 else PAGE_SIZE
+        query = given.get("q", "").replace("\x00", "")[:200]
+        return cls(query, sort if sort in SORTS else "name", min(MAX_LIMIT, max(PAGE_SIZE, number)))
+
+
+View = Callable[Concatenate[HttpRequest, P], HttpResponse]
+
+
+# --- boundaries -------------------------------------------------------------------------------------------------------
+
+
+def shows_errors(view: View[P]) -> View[P]:
+    """Render the project's errors of a button as an alert above the list, which stays as it is."""
+
+    @functools.wraps(view)
+    def wrapper(request: HttpRequest, /, *args: P.args, **kwargs: P.kwargs) -> HttpResponse:
+        try:
+            return view(request, *args, **kwargs)
+        except LmwebError as error:
+            response = render(request, "errors/part.html", {"error": error}, status=error.status)
+            response.headers["HX-Retarget"] = "#model-alerts"
+            response.headers["HX-Reswap"] = "innerHTML"
+            return response
+
+    return wrapper
+
+
+def json_errors(view: View[P]) -> View[P]:
+    """Render the project's errors as JSON, for the upload script."""
+
+    @functools.wraps(view)
+    def wrapper(request: HttpRequest, /, *args: P.args, **kwargs: P.kwargs) -> HttpResponse:
+        try:
+            return view(request, *args, **kwargs)
+        except LmwebError as error:
+            facts = {"code": error.code, "message": error.message, "param": error.param, "details": error.details}
+            return JsonResponse({"error": facts}, status=error.status)
+
+    return wrapper
+
+
+def _principal(request: HttpRequest) -> Principal:
+    return Principal(cast("User", request.user))  # LoginRequiredMiddleware lets nobody else in
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+@require_GET
+def my_models(request: HttpRequest) -> HttpResponse:
+    """Show the whole page."""
+    principal = _principal(request)
+    may_import = principal.may(Action.IMPORT_MODELS)
+    context = {
+        "list": _list_html(request),
+        "sorts": SORTS,
+        "filter": Filter.parse(request),
+        "may_import": may_import,
+        "unfinished": uploads.mine(principal=principal) if may_import else [],
+        "chunk_bytes": uploads.CHUNK_BYTES,
+    }
+    return render(request, "models_app/page.html", context)
+
+
+@require_GET
+def model_list(request: HttpRequest) -> HttpResponse:
+    """Return the list alone; 204 when it is what the page shows already (``seen``)."""
+    html = _list_html(request)
+    response = HttpResponse(status=204) if f'data-seen="{request.GET.get("seen", "-")[:64]}"' in html[:400] else HttpResponse(html)
+    patch_cache_control(response, no_store=True)
+    return response
+
+
+def _list_html(request: HttpRequest) -> str:
+    """Render the list with a fingerprint of its content, so that an unchanged one need not be sent again."""
+    principal = _principal(request)
+    visible = InstalledModel.objects.visible_to(principal)
+    sizes = list(visible.values_list("size_bytes", flat=True))
+    wanted = Filter.parse(request)
+    found = list(_filtered(visible, wanted)[: wanted.limit + 1])
+    models = found[: wanted.limit]
+    context = {
+        "models": models,
+        "more": wanted.limit + PAGE_SIZE if len(found) > wanted.limit else 0,
+        "filter": wanted,
+        "count": len(sizes),
+        "total_bytes": sum(sizes),
+        "free_bytes": shutil.disk_usage(placement.models_dir()).free // 10**8 * 10**8,  # coarse: it changes all the time
+        "missing": {model.pk for model in models if not model.file.is_file()},
+        "may_load": principal.may(Action.LOAD_MODELS),
+        "may_delete": principal.may(Action.DELETE_MODELS),
+        "may_import": principal.may(Action.IMPORT_MODELS),
+    }
+    rows = render_to_string("models_app/rows.html", context, request)
+    busy = any(i.status in {"loading", "unloading"} for model in models for i in model.instances.all())
+    context |= {"rows": rows, "seen": hashlib.sha256(rows.encode()).hexdigest()[:32], "busy": busy}
+    return render_to_string("models_app/list.html", context, request)
+
+
+def _filtered(visible: QuerySet[InstalledModel], wanted: Filter) -> QuerySet[InstalledModel]:
+    models = visible.prefetch_related(Prefetch("instances", ModelInstance.objects.order_by("identifier")))
+    for word in wanted.query.split()[:8]:
+        anywhere = Q()
+        for field in ("key", "display_name", "publisher", "architecture", "quantization", "params_string"):
+            anywhere |= Q(**{f"{field}__icontains": word})
+        models = models.filter(anywhere)
+    if wanted.sort == "loaded":
+        models = models.annotate(instance_count=Count("instances"))
+    return models.order_by(SORTS[wanted.sort][1], "key")
+
+
+# --- acts -------------------------------------------------------------------------------------------------------------
+
+
+@require_POST
+@shows_errors
+def load(request: HttpRequest, model_id: int) -> HttpResponse:
+    """Load a model as it is, without asking."""
+    model = _model(request, model_id)
+    services.request_load(principal=_principal(request), model=model)
+    return _changed(request)
+
+
+@require_http_methods(["GET", "POST"])
+@shows_errors
+def load_options(request: HttpRequest, model_id: int) -> HttpResponse:
+    """Show the load options in a dialog, and load with them; what was typed stays in the form when something is wrong."""
+    principal, model = _principal(request), _model(request, model_id)
+    require(principal, Action.LOAD_MODELS)
+    form = LoadForm(model, request.POST or None)
+    if request.method == "POST" and form.is_valid():
+        try:
+            services.request_load(
+                principal=principal, model=model, config=form.config(), identifier=form.cleaned_data["identifier"].strip() or None
+            )
+        except LmwebError as error:
+            form.add_error(error.param if error.param in form.fields else None, error.message)
+        else:
+            return _changed(request, {"close-dialog": True})
+    return render(request, "models_app/load-options.html", {"form": form, "model": model}, status=422 if form.errors else 200)
+
+
+@require_POST
+@shows_errors
+def unload(request: HttpRequest, instance_id: int) -> HttpResponse:
+    """Unload one instance, or put away the error of one that failed."""
+    instance = ModelInstance.objects.filter(pk=instance_id, model__in=InstalledModel.objects.visible_to(_principal(request))).first()
+    if instance is not None:  # gone already is what was wanted
+        services.request_unload(principal=_principal(request), instance=instance)
+    return _changed(request)
+
+
+@require_POST
+@shows_errors
+def delete(request: HttpRequest, model_id: int) -> HttpResponse:
+    """Delete a model and its file."""
+    model = _model(request, model_id)
+    services.delete_model(principal=_principal(request), model=model)
+    return _changed(request, {"toast": {"text": f"{model.key} is deleted.", "kind": "good"}})
+
+
+def _model(request: HttpRequest, model_id: int) -> InstalledModel:
+    model = InstalledModel.objects.visible_to(_principal(request)).filter(pk=model_id).first()
+    if model is None:
+        raise NotFound("There is no such model any more. Reload the page.")
+    return model
+
+
+def _changed(request: HttpRequest, triggers: dict[str, Any] | None = None) -> HttpResponse:
+    """Return the list as it is now, and clear old alerts."""
+    response = HttpResponse(_list_html(request))
+    response.headers["HX-Retarget"] = "#model-list"
+    response.headers["HX-Reswap"] = "outerHTML"
+    response.headers["HX-Trigger"] = json.dumps({"clear-alerts": True, **(triggers or {})})
+    return response
+
+
+# --- uploads ----------------------------------------------------------------------------------------------------------
+
+
+class NewUpload(msgspec.Struct, forbid_unknown_fields=True):
+    """What the browser says about a file before it sends it."""
+
+    file_name: str
+    size: int
+
+
+class FinishUpload(msgspec.Struct, forbid_unknown_fields=True):
+    """Under which name a complete upload is stored."""
+
+    user_repo: str = ""
+
+
+@require_POST
+@json_errors
+def new_upload(request: HttpRequest) -> HttpResponse:
+    """Begin an upload."""
+    facts = _body(request, NewUpload)
+    upload = uploads.create(principal=_principal(request), file_name=facts.file_name, size=facts.size)
+    return JsonResponse(_upload_state(upload), status=201)
+
+
+@require_http_methods(["GET", "PUT", "DELETE"])
+@json_errors
+def upload(request: HttpRequest, upload_id: str) -> HttpResponse:
+    """Say how far an upload is, add a piece at ``?offset=``, or end it."""
+    principal = _principal(request)
+    if request.method == "DELETE":
+        uploads.cancel(principal=principal, upload_id=upload_id)
+        return HttpResponse(status=204)
+    if request.method == "GET":
+        return JsonResponse(_upload_state(uploads.get(principal=principal, upload_id=upload_id)))
+    uploads.get(principal=principal, upload_id=upload_id)  # before the body is read: strangers need not be heard out
+    if int(request.headers.get("Content-Length") or 0) > uploads.MAX_CHUNK_BYTES:
+        raise PayloadTooLarge(f"A piece of an upload has at most {uploads.MAX_CHUNK_BYTES} bytes.")
+    offset = request.GET.get("offset", "")
+    if not (offset.isascii() and offset.isdigit() and len(offset) < 19):
+        raise InvalidRequest("The offset of the piece is missing or not a number.", param="offset")
+    state = uploads.append(principal=principal, upload_id=upload_id, offset=int(offset), chunk=request.body)
+    return JsonResponse(_upload_state(state))
+
+
+@require_POST
+@json_errors
+def finish_upload(request: HttpRequest, upload_id: str) -> HttpResponse:
+    """Take a complete upload into the models directory."""
+    facts = _body(request, FinishUpload)
+    model = uploads.finish(principal=_principal(request), upload_id=upload_id, user_repo=facts.user_repo.strip() or None)
+    return JsonResponse({"key": model.key, "display_name": model.display_name, "size_bytes": model.size_bytes}, status=201)
+
+
+def _body(request: HttpRequest, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(request.body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"The request is not what was expected: {error}") from None
+
+
+def _upload_state(state: uploads.Upload) -> dict[str, Any]:
+    return {"id": state.id, "file_name": state.file_name, "size": state.size, "received": state.received}
