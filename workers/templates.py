@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from jinja2 import TemplateError as JinjaError
+from jinja2 import TemplateError as JinjaError, nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -35,10 +36,31 @@ CHATML = (
 )
 
 
+class _CodeGenerator(CodeGenerator):
+    """Compiles ``a ~ b`` into a call that can be bounded."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802  (Jinja's own hook)
+        """Join through the environment instead of Jinja's unbounded ``str_join``."""
+        self.write("environment.join_bounded((")
+        for argument in node.nodes:
+            self.visit(argument, frame)
+            self.write(", ")
+        self.write("))")
+
+
+def _join_bounded(parts: Iterable[Any]) -> str:
+    texts = [str(part) for part in parts]
+    _check_size(sum(map(len, texts)))
+    return "".join(texts)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with products and joins of strings bounded."""
+    """Jinja's sandbox, with everything that joins or repeats strings and lists bounded."""
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
+    code_generator_class = _CodeGenerator
+    concat = staticmethod(_join_bounded)
+    join_bounded = staticmethod(_join_bounded)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Refuse operations whose result would be huge."""
@@ -48,7 +70,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("powers are not allowed in a chat template")
         if operator == "*":
             _check_size(_repeated(left, right))
-        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+        if operator == "+" and isinstance(left, Sized) and isinstance(right, Sized):
             _check_size(len(left) + len(right))
         return super().call_binop(context, operator, left, right)
 
@@ -57,11 +79,27 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return not (isinstance(obj, str) and attr in FORBIDDEN_METHODS) and super().is_safe_attribute(obj, attr, value)
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Bound the string methods that grow with the product of their arguments."""
         owner = getattr(obj, "__self__", None)
-        if isinstance(owner, str) and getattr(obj, "__name__", "") in {"replace", "join"} and args:
-            grown = max((len(str(argument)) for argument in args), default=0) * (len(owner) + 1)
-            _check_size(grown)
+        if isinstance(owner, str) and getattr(obj, "__name__", "") == "replace" and len(args) > 1:
+            _check_size(len(owner) + owner.count(str(args[0])) * len(str(args[1])))
+        if isinstance(owner, str) and getattr(obj, "__name__", "") == "join" and args:
+            return _join(args[0], owner)
         return super().call(context, obj, *args, **kwargs)
+
+
+def _join(values: Iterable[Any], separator: str = "") -> str:
+    """The ``join`` filter, bounded."""
+    texts = [str(value) for value in values]
+    _check_size(sum(map(len, texts)) + len(separator) * len(texts))
+    return str(separator).join(texts)
+
+
+def _replace(value: object, old: object, new: object) -> str:
+    """The ``replace`` filter, bounded."""
+    text, before, after = str(value), str(old), str(new)
+    _check_size(len(text) + text.count(before) * len(after))
+    return text.replace(before, after)
 
 
 def _repeated(left: Any, right: Any) -> int:
@@ -78,7 +116,7 @@ def _check_size(n: int) -> None:
 
 def _tojson(value: Any, indent: int | None = None, **_options: Any) -> str:
     """Like transformers' filter: plain JSON, not escaped for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(int(indent), 8))
 
 
 def _raise_exception(message: str) -> None:
@@ -95,7 +133,7 @@ class ChatTemplate:
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         for name in FORBIDDEN_FILTERS:
             environment.filters.pop(name, None)
-        environment.filters["tojson"] = _tojson
+        environment.filters.update(tojson=_tojson, join=_join, replace=_replace)
         environment.globals.update(raise_exception=_raise_exception, strftime_now=lambda pattern: time.strftime(str(pattern)[:64]))
         environment.globals.pop("lipsum", None)
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}

@@ -45,14 +45,27 @@ class Bench:
 
     def install(self, file: Path, key: str = "test/model", **fields: object) -> InstalledModel:
         """Make the row of a model file that lies anywhere."""
-        values = {"publisher": "test", "display_name": key, "architecture": "qwen3", "size_bytes": file.stat().st_size, "max_context_length": 2048}
+        values = {
+            "publisher": "test",
+            "display_name": key,
+            "architecture": "qwen3",
+            "size_bytes": file.stat().st_size,
+            "max_context_length": 2048,
+        }
         return InstalledModel.objects.create(key=key, path=str(file), **{**values, **fields})
 
-    def create(self, model: InstalledModel, text: str, *, sampling: SamplingParams = GREEDY, messages: list[ChatMessage] | None = None) -> Generation:
+    def create(
+        self, model: InstalledModel, text: str, *, sampling: SamplingParams = GREEDY, messages: list[ChatMessage] | None = None
+    ) -> Generation:
         """Make a queued generation."""
         request = GenerationRequest(model=model.key, messages=messages or [ChatMessage(role="user", content=text)], sampling=sampling)
         return Generation.objects.create(
-            user=self.principal.user, source="test", model=model, model_key=model.key, request=request_to_builtins(request), node="test-node"
+            user=self.principal.user,
+            source="test",
+            model=model,
+            model_key=model.key,
+            request=request_to_builtins(request),
+            node="test-node",
         )
 
     def run(self, model: InstalledModel, text: str, *, sampling: SamplingParams = GREEDY) -> Generation:

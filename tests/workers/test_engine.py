@@ -1,0 +1,189 @@
+"""The llama.cpp engine alone: batching must not change results, caches must not leak, a full cache must not lose anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.micro_models import make_micro
+from workers.engines import registry
+from workers.engines.base import Sequence
+from workers.engines.llama_cpp import LlamaEngine
+from workers.schemas import LoadConfig, SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, repeat_penalty=1.0, seed=1)
+WORDS = [
+    "time",
+    "year",
+    "people",
+    "way",
+    "day",
+    "man",
+    "thing",
+    "woman",
+    "life",
+    "child",
+    "world",
+    "school",
+    "state",
+    "family",
+    "student",
+    "group",
+    "country",
+    "problem",
+    "hand",
+    "part",
+]
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an F32 micro model, whose results do not depend on the batch's shape."""
+    return make_micro(tmp_path_factory.mktemp("engine") / "micro.gguf")
+
+
+def open_engine(path: Path, **config: object) -> LlamaEngine:
+    engine = registry.factory("llama.cpp")(str(path), LoadConfig(cpu_threads=1, **config), lambda _fraction: None)
+    assert isinstance(engine, LlamaEngine)
+    return engine
+
+
+@pytest.fixture
+def engine(micro: Path) -> Iterator[LlamaEngine]:
+    engine = open_engine(micro, context_length=1024, parallel=8)
+    yield engine
+    engine.close()
+
+
+def sequence(
+    engine: LlamaEngine, name: str, text: str, *, limit: int = 24, owner: str = "a", sampling: SamplingParams = GREEDY, shared: int = 0
+) -> Sequence:
+    return Sequence(id=name, owner=owner, prompt=engine.tokenize(text, add_bos=True), shared_prefix=shared, sampling=sampling, limit=limit)
+
+
+def finish(engine: LlamaEngine, *sequences: Sequence) -> list[list[int]]:
+    """Run until all are at their limit; returns their outputs."""
+    for item in sequences:
+        engine.add(item)
+    for _ in range(5000):
+        if not engine.has_work:
+            return [item.output for item in sequences]
+        for item, _tokens in engine.step().sampled:
+            if len(item.output) >= item.limit:
+                engine.remove(item.id)
+    raise AssertionError("the engine does not come to an end")
+
+
+def alone(path: Path, text: str, **options: object) -> list[int]:
+    """Return what a fresh engine says to this alone."""
+    engine = open_engine(path, context_length=1024, parallel=1)
+    try:
+        return finish(engine, sequence(engine, "x", text, **options))[0]  # type: ignore[arg-type]
+    finally:
+        engine.close()
+
+
+def test_a_batch_says_what_each_says_alone(engine: LlamaEngine, micro: Path) -> None:
+    texts = [f"{word} " * (3 + i) for i, word in enumerate(WORDS[:8])]
+    together = finish(engine, *(sequence(engine, str(i), text, limit=6) for i, text in enumerate(texts)))
+    assert together == [alone(micro, text, limit=6) for text in texts]
+
+
+def test_seeds_and_penalties_hold_in_a_batch(engine: LlamaEngine, micro: Path) -> None:
+    samplings = [SamplingParams(temperature=0.9, seed=i, repeat_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2) for i in range(6)]
+    together = finish(engine, *(sequence(engine, str(i), "time year", sampling=sampling) for i, sampling in enumerate(samplings)))
+    assert together == [alone(micro, "time year", sampling=sampling) for sampling in samplings]
+    assert len({tuple(output) for output in together}) > 3
+
+
+def test_more_sequences_than_slots_all_finish(engine: LlamaEngine) -> None:
+    outputs = finish(engine, *(sequence(engine, str(i), WORDS[i % 20], limit=5 + i) for i in range(30)))
+    assert [len(output) for output in outputs] == [5 + i for i in range(30)]
+
+
+def test_a_second_turn_takes_its_prefix_from_the_park(engine: LlamaEngine, micro: Path) -> None:
+    text = " ".join(WORDS * 4)
+    first = sequence(engine, "1", text)
+    finish(engine, first)
+    second = sequence(engine, "2", text + " and so on")
+    output = finish(engine, second)[0]
+    assert second.cached >= len(first.prompt) - 1
+    assert output == alone(micro, text + " and so on")
+
+
+def test_nobody_profits_from_what_another_person_wrote(engine: LlamaEngine) -> None:
+    text = " ".join(WORDS * 4)
+    finish(engine, sequence(engine, "1", text, owner="a"))
+    other = sequence(engine, "2", text, owner="b")
+    finish(engine, other)
+    assert other.cached == 0
+
+
+def test_the_system_prompt_is_shared_between_people_and_nothing_else(engine: LlamaEngine) -> None:
+    text = " ".join(WORDS * 6)
+    n = len(engine.tokenize(" ".join(WORDS * 4), add_bos=True))
+    finish(engine, sequence(engine, "1", text, owner="a", shared=n))
+    other = sequence(engine, "2", text, owner="b", shared=n)
+    finish(engine, other)
+    assert 32 <= other.cached <= n
+
+
+def test_newcomers_wait_for_a_prefix_that_is_being_computed(micro: Path) -> None:
+    engine = open_engine(micro, context_length=2048, parallel=8, eval_batch_size=64)
+    prefix = " ".join(WORDS * 20)
+    items = [sequence(engine, str(i), f"{prefix} {word}", limit=4) for i, word in enumerate(WORDS[:6])]
+    prompt_tokens = 0
+    for item in items:
+        engine.add(item)
+    while engine.has_work:
+        result = engine.step()
+        prompt_tokens += result.prefill_tokens
+        for item, _ in result.sampled:
+            if len(item.output) >= item.limit:
+                engine.remove(item.id)
+    assert prompt_tokens < 2 * len(items[0].prompt), "the common prefix is computed once"
+    assert [item.output for item in items[1:]] == [alone(micro, f"{prefix} {word}", limit=4) for word in WORDS[1:6]]
+    engine.close()
+
+
+def test_a_full_cache_preempts_and_loses_nothing(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.engines.llama_cpp.EXTRA_CELLS_BYTES", 0)
+    monkeypatch.setattr("workers.scheduler.RESERVED_OUTPUT", 0)  # admit too many on purpose
+    engine = open_engine(micro, context_length=256, parallel=4)
+    texts = [f"{word} " * 40 for word in WORDS[:4]]
+    items = [sequence(engine, str(i), text, limit=60) for i, text in enumerate(texts)]
+    outputs = finish(engine, *items)
+    assert outputs == [alone(micro, text, limit=60) for text in texts]
+    engine.close()
+
+
+def test_a_neighbour_that_is_cancelled_changes_nothing(engine: LlamaEngine, micro: Path) -> None:
+    keep, drop = sequence(engine, "keep", "time year people"), sequence(engine, "drop", "way day man", limit=500)
+    engine.add(keep)
+    engine.add(drop)
+    for _ in range(6):
+        engine.step()
+    engine.remove("drop")
+    assert finish(engine)[:0] == []
+    assert keep.output[: keep.limit] == alone(micro, "time year people")[: len(keep.output)]
+
+
+def test_a_resumed_sequence_goes_on_where_it_was(engine: LlamaEngine, micro: Path) -> None:
+    sampling = SamplingParams(temperature=0.8, seed=3)
+    whole = alone(micro, "time year", sampling=sampling, limit=40)
+    resumed = sequence(engine, "r", "time year", sampling=sampling, limit=40)
+    resumed.output = whole[:15]
+    assert finish(engine, resumed)[0] == whole
+
+
+def test_logit_bias_forbids_and_forces(engine: LlamaEngine, micro: Path) -> None:
+    first = alone(micro, "time year", limit=1)[0]
+    banned = SamplingParams(temperature=0.0, repeat_penalty=1.0, seed=1, logit_bias={first: -100.0})
+    forced = SamplingParams(temperature=0.0, repeat_penalty=1.0, seed=1, logit_bias={77: 100.0})
+    outputs = finish(
+        engine, sequence(engine, "b", "time year", sampling=banned, limit=3), sequence(engine, "f", "time year", sampling=forced, limit=3)
+    )
+    assert first not in outputs[0]
+    assert outputs[1] == [77, 77, 77]
