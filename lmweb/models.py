@@ -84,6 +84,13 @@ class ApiToken(models.Model):
         """Whether it is neither expired nor revoked."""
         return self.revoked_at is None and (self.expires_at is None or self.expires_at > timezone.now())
 
+    @property
+    def state(self) -> str:
+        """Return ``active``, ``expired`` or ``revoked``."""
+        if self.revoked_at is not None:
+            return "revoked"
+        return "active" if self.is_valid else "expired"
+
     @staticmethod
     def hash(secret: str) -> str:
         """Return the stored form of a token."""

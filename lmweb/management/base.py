@@ -1,0 +1,32 @@
+"""What our commands share: every expected failure is one clear line and exit status 1."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError
+from django.db.utils import OperationalError, ProgrammingError
+
+from lmweb.errors import LmwebError
+
+
+class PlainCommand(BaseCommand):
+    """A command with subcommands. A subclass names its parsers' functions with ``set_defaults(run=...)``."""
+
+    requires_system_checks: list[str] = []  # noqa: RUF012  (as the base class declares it)
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        """Run the chosen subcommand."""
+        try:
+            options["run"](options)
+        except LmwebError as error:
+            raise CommandError(error.message) from None
+        except OperationalError:
+            raise CommandError("The database cannot be reached. Start the server first: python3 manage.py up") from None
+        except ProgrammingError:
+            raise CommandError("The database has no tables yet. Start the server first: python3 manage.py up") from None
+
+    def subcommands(self, parser: argparse.ArgumentParser) -> Any:
+        """Return where to add subcommands."""
+        return parser.add_subparsers(title="subcommands", dest="subcommand", required=True, metavar="SUBCOMMAND")

@@ -1,0 +1,75 @@
+"""``manage.py user``: accounts from the command line."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+from typing import Any
+
+from django.contrib.auth.password_validation import validate_password
+from django.core.exceptions import ValidationError
+from django.core.management.base import CommandParser
+
+from lmweb.errors import InvalidRequest
+from lmweb.management.base import PlainCommand
+from lmweb.models import Role, User
+
+MAX_PASSWORD_LENGTH = 4096
+
+
+class Command(PlainCommand):
+    """Create and list accounts."""
+
+    help = "Create and list accounts."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Define the subcommands."""
+        subcommands = self.subcommands(parser)
+        create = subcommands.add_parser("create", help="create an account; asks for its password")
+        create.add_argument("name", metavar="NAME", help="the name to sign in with")
+        create.add_argument("--role", choices=Role.values, default=Role.MEMBER.value, help="what the person may do (default: member)")
+        create.add_argument("--password-stdin", action="store_true", help="read the password from the first line of standard input")
+        create.set_defaults(run=self.create)
+        listing = subcommands.add_parser("list", help="list accounts")
+        listing.add_argument("--json", action="store_true", help="print JSON")
+        listing.set_defaults(run=self.list)
+
+    def create(self, options: dict[str, Any]) -> None:
+        """Create an account."""
+        user = User(username=options["name"], role=options["role"])
+        try:
+            user.full_clean(exclude=["password"])
+            password = _password_from_stdin() if options["password_stdin"] else _ask_for_password()
+            validate_password(password, user)
+        except ValidationError as error:
+            raise InvalidRequest(" ".join(error.messages)) from None
+        user.set_password(password)
+        user.save()
+        self.stdout.write(f"Created the account '{user.get_username()}' ({user.get_role_display()}).")
+
+    def list(self, options: dict[str, Any]) -> None:
+        """List accounts."""
+        people = [
+            {"name": user.get_username(), "role": str(user.role), "active": user.is_active} for user in User.objects.order_by("username")
+        ]
+        if options["json"]:
+            self.stdout.write(json.dumps(people))
+            return
+        for person in people:
+            self.stdout.write(f"{person['role']:<8}  {person['name']}{'' if person['active'] else '  (not active)'}")
+        if not people:
+            self.stdout.write("There are no accounts. The server prints a set-up link when it starts without an admin.")
+
+
+def _password_from_stdin() -> str:
+    return sys.stdin.readline(MAX_PASSWORD_LENGTH + 1).rstrip("\r\n")
+
+
+def _ask_for_password() -> str:
+    if not sys.stdin.isatty():
+        raise InvalidRequest("There is no terminal to ask for the password. Use --password-stdin.")
+    password = getpass.getpass("Password: ")
+    if getpass.getpass("Password again: ") != password:
+        raise InvalidRequest("The passwords differ. Nothing was created.")
+    return password
