@@ -8,3 +8,7 @@ class LmwebConfig(AppConfig):
 
     name = "lmweb"
     default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        """Connect the signal receivers."""
+        from lmweb import signals  # noqa: F401

@@ -44,8 +44,8 @@ TITLES = {
 
 
 def error_response(request: HttpRequest, error: LmwebError) -> HttpResponse:
-    """Render an error: a part for htmx, JSON for API paths, else a page."""
-    if request.path.startswith(API_PREFIXES):
+    """Render an error: a part for htmx, JSON for API paths and scripts, else a page."""
+    if request.path.startswith(API_PREFIXES) or request.headers.get("Accept", "").startswith("application/json"):
         body = {"message": error.message, "type": "invalid_request_error", "param": error.param, "code": error.code}
         return JsonResponse({"error": body}, status=error.status)
     context = {"error": error, "title": TITLES.get(error.status, TITLES[500])}

@@ -1,0 +1,151 @@
+// The list of messages: order, paging upwards, following the newest line, one running answer at a time.
+
+import { element } from "../base.js";
+import { Answer, Question } from "./message.js";
+
+const NEAR_BOTTOM = 64;
+
+export class Conversation {
+  /** `page` gives chatId, modelName, regenerate, stop, modelsChanged and stateChanged. */
+  constructor(page, { messages, older }) {
+    this.page = page;
+    this.page.changed = (answer) => this.answerChanged(answer);
+    this.list = document.getElementById("messages");
+    this.scroller = document.getElementById("scroller");
+    this.jump = document.getElementById("jump");
+    this.views = new Map();
+    this.following = true;
+    for (const message of messages) this.append(message);
+    this.watchScrolling();
+    if (older) this.watchTop();
+  }
+
+  get last() {
+    const id = this.list.lastElementChild?.id.slice(2);
+    return id && this.views.get(id);
+  }
+
+  get running() {
+    return [...this.views.values()].filter((view) => view.running);
+  }
+
+  /** Ids of the newest messages shown, for catching up after a lost connection. */
+  get known() {
+    return [...this.list.children].slice(-20).map((node) => node.id.slice(2));
+  }
+
+  view(data) {
+    const view = data.role === "user" ? new Question(data, this.page) : new Answer(data, this.page);
+    this.views.set(data.id, view);
+    return view;
+  }
+
+  append(data) {
+    const view = this.view(data);
+    this.list.append(view.element);
+    return view;
+  }
+
+  /** Take a message from the server: confirm one that is shown, or put a new one after its parent, where it starts a newer branch. */
+  receive(data) {
+    const known = this.views.get(data.id);
+    if (known) {
+      if (known.role === "user") known.setState("");
+      return known;
+    }
+    const parent = data.parent_id && this.views.get(data.parent_id);
+    const place = parent?.element ?? null;
+    const replaced = place ? place.nextElementSibling : this.list.querySelector("article");
+    const versions = this.cutFrom(replaced);
+    if (versions.length) data.versions = [...versions, data.id];
+    return this.append(data);
+  }
+
+  /** Remove a message and all after it; returns the ids of its versions. */
+  cutFrom(node) {
+    const first = node && this.views.get(node.id.slice(2));
+    const versions = first ? (first.versions.length ? first.versions : [first.id]) : [];
+    while (node) {
+      const next = node.nextElementSibling;
+      this.views.delete(node.id.slice(2));
+      node.remove();
+      node = next;
+    }
+    return versions;
+  }
+
+  remove(id) {
+    this.views.get(id)?.element.remove();
+    this.views.delete(id);
+  }
+
+  apply(frame) {
+    for (const view of this.views.values()) {
+      if (view.generationId === frame.generation_id) view.apply(frame.seq, frame.events);
+    }
+  }
+
+  answerChanged(answer) {
+    if (this.views?.has(answer.id)) this.page.stateChanged(answer);
+  }
+
+  // --- following the newest line ---------------------------------------------------------------------------------
+
+  watchScrolling() {
+    this.scroller.addEventListener("scroll", () => this.scrolled(), { passive: true });
+    new ResizeObserver(() => this.follow()).observe(this.list);
+    new ResizeObserver(() => this.follow()).observe(this.scroller);
+    this.jump.addEventListener("click", () => this.toBottom());
+    this.toBottom();
+  }
+
+  scrolled() {
+    const { scrollHeight, scrollTop, clientHeight } = this.scroller;
+    this.following = scrollHeight - scrollTop - clientHeight < NEAR_BOTTOM;
+    this.jump.hidden = this.following;
+  }
+
+  follow() {
+    if (this.following) this.scroller.scrollTop = this.scroller.scrollHeight;
+    else this.scrolled();
+  }
+
+  toBottom() {
+    this.following = true;
+    this.jump.hidden = true;
+    this.follow();
+  }
+
+  // --- older messages ----------------------------------------------------------------------------------------------
+
+  watchTop() {
+    this.top = element("div", { class: "older column" }, element("span", { class: "skeleton" }), element("span", { class: "skeleton" }));
+    this.list.before(this.top);
+    this.observer = new IntersectionObserver((entries) => entries[0].isIntersecting && this.loadOlder(), { root: this.scroller, rootMargin: "600px 0px 0px" });
+    this.observer.observe(this.top);
+  }
+
+  async loadOlder() {
+    if (this.loading || !this.list.firstElementChild) return;
+    this.loading = true;
+    try {
+      const before = this.list.firstElementChild.id.slice(2);
+      const answer = await fetch(`/chat/${this.page.chatId}/messages?before=${before}`, { headers: { Accept: "application/json" } });
+      if (!answer.ok) throw new Error(answer.statusText);
+      this.prepend(await answer.json());
+    } catch {
+      this.top.replaceChildren(element("p", { class: "small muted" }, "Older messages could not be loaded. Scroll to try again."));
+    } finally {
+      this.loading = false;
+    }
+  }
+
+  prepend({ messages, older }) {
+    const height = this.scroller.scrollHeight;
+    this.list.prepend(...messages.map((data) => this.view(data).element));
+    this.observer.unobserve(this.top);
+    if (older) this.observer.observe(this.top);
+    else this.top.remove();
+    this.scroller.scrollTop += this.scroller.scrollHeight - height;
+  }
+}

@@ -1,0 +1,135 @@
+// The list of chats: drawer and collapse, rename, delete, staying current.
+
+import { confirmDialog, csrfToken, localTimes, toast } from "../base.js";
+
+const phone = matchMedia("(max-width: 900px)");
+const remember = (name, value) => (document.cookie = `${name}=${value}; path=/; max-age=31536000; samesite=lax`);
+
+/** POST a form and return the JSON answer. Throws an Error whose message can be shown. */
+export async function post(url, fields) {
+  const body = fields instanceof Blob ? fields : new URLSearchParams(fields);
+  const headers = { Accept: "application/json", "X-CSRFToken": csrfToken() };
+  let response;
+  try {
+    response = await fetch(url, { method: "POST", body, headers });
+  } catch {
+    throw new Error("The server cannot be reached. Nothing was changed.");
+  }
+  if (response.redirected) location.reload(); // signed out
+  const answer = await response.json().catch(() => ({}));
+  if (!response.ok) throw Object.assign(new Error(answer.error?.message ?? "That did not work."), { param: answer.error?.param });
+  return answer;
+}
+
+/** Open or close one of the two side columns: a drawer on small screens, else a column whose state is remembered. */
+function toggle(kind) {
+  const { classList } = document.body;
+  if (phone.matches) {
+    const open = classList.toggle(`${kind}-drawer`);
+    document.querySelector("[data-close-drawers]").hidden = !open;
+    if (open) document.getElementById(kind).querySelector("a, button, input, textarea").focus();
+  } else if (kind === "sidebar") {
+    remember("sidebar", classList.toggle("sidebar-closed") ? "closed" : "open");
+  } else {
+    remember("panel", classList.toggle("panel-open") ? "open" : "closed");
+  }
+}
+
+export function closeDrawers() {
+  const { classList } = document.body;
+  const open = classList.contains("sidebar-drawer") || classList.contains("panel-drawer");
+  classList.remove("sidebar-drawer", "panel-drawer");
+  document.querySelector("[data-close-drawers]").hidden = true;
+  return open;
+}
+
+export class Sidebar {
+  constructor() {
+    this.list = document.getElementById("chats");
+    this.menu = document.getElementById("chat-menu");
+    this.list.scrollTop = Number(sessionStorage.getItem("chats-scroll") ?? 0);
+    this.list.addEventListener("scroll", () => sessionStorage.setItem("chats-scroll", this.list.scrollTop), { passive: true });
+    document.addEventListener("click", (event) => this.clicked(event));
+    document.getElementById("rename-dialog").addEventListener("submit", (event) => this.rename(event));
+  }
+
+  clicked(event) {
+    const target = (selector) => event.target.closest(selector);
+    if (target("[data-toggle-sidebar]")) toggle("sidebar");
+    if (target("[data-toggle-panel]")) toggle("panel");
+    if (target("[data-close-drawers]")) closeDrawers();
+    if (target("[data-chat-menu]")) this.openMenu(target("[data-chat-menu]"));
+    if (target("[data-chat-rename]")) this.openRename();
+    if (target("[data-chat-delete]")) this.delete();
+  }
+
+  openMenu(button) {
+    this.chosen = button.closest("[data-chat]");
+    this.menu.showPopover();
+    const place = button.getBoundingClientRect();
+    const top = Math.min(place.bottom + 4, innerHeight - this.menu.offsetHeight - 8);
+    const left = Math.min(place.left, innerWidth - this.menu.offsetWidth - 8);
+    Object.assign(this.menu.style, { top: `${top}px`, left: `${left}px` });
+    this.menu.querySelector("button").focus();
+    this.menu.addEventListener("toggle", (event) => event.newState === "closed" && button.focus(), { once: true });
+  }
+
+  get title() {
+    return this.chosen.querySelector("a").textContent.trim();
+  }
+
+  openRename() {
+    this.menu.hidePopover();
+    const dialog = document.getElementById("rename-dialog");
+    dialog.querySelector(".error").hidden = true;
+    dialog.querySelector("input").value = this.title;
+    dialog.showModal();
+    dialog.querySelector("input").select();
+  }
+
+  async rename(event) {
+    event.preventDefault();
+    const dialog = event.currentTarget;
+    const error = dialog.querySelector(".error");
+    try {
+      await post(`/chat/${this.chosen.dataset.chat}/rename`, { title: dialog.querySelector("input").value });
+      dialog.close();
+      this.refresh();
+    } catch (failure) {
+      error.textContent = failure.message;
+      error.hidden = false;
+    }
+  }
+
+  async delete() {
+    this.menu.hidePopover();
+    const { chat } = this.chosen.dataset;
+    const sure = await confirmDialog({ title: "Delete this chat?", text: `“${this.title}” and everything in it will be gone for good.`, action: "Delete" });
+    if (!sure) return;
+    try {
+      await post(`/chat/${chat}/delete`, {});
+      if (chat === this.list.dataset.current) location.assign("/");
+      else this.refresh();
+    } catch (failure) {
+      toast(failure.message, "bad");
+    }
+  }
+
+  /** Fetch the list again, soon: several changes in a row cost one request. */
+  refresh() {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.fetch(), 100);
+  }
+
+  async fetch() {
+    const { url, current } = this.list.dataset;
+    const response = await fetch(`${url}?current=${current}`).catch(() => null);
+    if (!response?.ok || response.redirected) return;
+    const parsed = new DOMParser().parseFromString(await response.text(), "text/html");
+    const scroll = this.list.scrollTop;
+    this.list.replaceChildren(...parsed.body.childNodes);
+    this.list.scrollTop = scroll;
+    globalThis.htmx?.process(this.list);
+    localTimes(this.list);
+  }
+}
