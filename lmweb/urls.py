@@ -10,6 +10,7 @@ from lmweb import views
 urlpatterns: list[URLPattern | URLResolver] = [
     path("", include("chat.urls")),
     path("models/", include("models_app.urls")),
+    path("developer/", include("api.pages")),
     path("setup/<str:secret>", views.set_up, name="set-up"),
     path("sign-in", views.SignInView.as_view(), name="sign-in"),
     path("sign-out", LogoutView.as_view(), name="sign-out"),
