@@ -244,6 +244,7 @@ def run(command: list[str], variables: dict[str, str], log: Path, progress: Prog
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=variables, start_new_session=True
         )
+        succeeded = False
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             assert process.stdout is not None
@@ -251,13 +252,14 @@ def run(command: list[str], variables: dict[str, str], log: Path, progress: Prog
                 handle.write(line)
                 handle.flush()
                 progress.line(line)
-            return process.wait() == 0
+            succeeded = process.wait() == 0
+            return succeeded
         finally:
             signal.signal(signal.SIGTERM, previous)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            progress.end()
+            progress.end(succeeded=succeeded)
 
 
 class Progress:
@@ -280,8 +282,9 @@ class Progress:
             self._shown = now
             self._show()
 
-    def end(self) -> None:
+    def end(self, *, succeeded: bool) -> None:
         """Show the final time."""
+        self._percent = 100 if succeeded else self._percent
         self._show()
         if self._terminal:
             self._out("\n")
@@ -390,3 +393,11 @@ def index_url() -> str:
     parser = configparser.ConfigParser(interpolation=None)
     parser.read([Path(file).expanduser() for file in files if file])
     return parser.get("global", "index-url", fallback="https://pypi.org/simple")
+
+
+if __name__ == "__main__":  # makes the environment and nothing else, for container images
+    here = Path(__file__).resolve().parent.parent
+    try:
+        make(here, here / ".venv", dev=False)
+    except BootstrapError as problem:
+        fail(str(problem))

@@ -1,4 +1,7 @@
-"""The Python processes of an installation: web server, GPU worker, io worker and the preparation of the database."""
+"""The Python processes of an installation: web server, GPU worker and io worker.
+
+``python -m lmweb.supervisor.programs NAME`` becomes one of them, for containers and other supervisors; ``--healthy NAME`` probes it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import http.client
 import os
 import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 from lmweb import env
+from lmweb.supervisor import database, discovery
 from lmweb.supervisor.embedded import Service
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -102,3 +108,39 @@ def _celery(name: str, queue: str, hostname: str, *, threads: int) -> Service:
         environment=_ENVIRONMENT,
         cwd=REPOSITORY,
     )
+
+
+CONTAINER_PORT = 1234
+HEARTBEAT_SECONDS = 15.0
+
+
+def main(arguments: list[str]) -> None:
+    """Become the named process, or end with status 0 if it is healthy."""
+    names = {"web", "gpu-worker", "io-worker"}
+    if not arguments or arguments[-1] not in names or arguments[:-1] not in ([], ["--healthy"]):
+        sys.exit(f"usage: python -m lmweb.supervisor.programs [--healthy] {'|'.join(sorted(names))}")
+    name, node = arguments[-1], env.text("LMWEB_NODE_NAME") or discovery.host_name()
+    if arguments[0] == "--healthy":
+        sys.exit(0 if healthy(name, node) else 1)
+    if name == "web":
+        listener = listen("0.0.0.0", CONTAINER_PORT)  # noqa: S104  (the container's own network; docker-compose.yml publishes it)
+        listener.set_inheritable(True)
+        service = web(listener)
+    else:
+        service = gpu_worker(node) if name == "gpu-worker" else io_worker(node)
+    os.chdir(REPOSITORY)
+    os.execve(service.argv[0], service.argv, environment())
+
+
+def healthy(name: str, node: str) -> bool:
+    """Whether the web server answers, the GPU worker's heartbeat is recent, or the io worker answers Celery."""
+    if name == "web":
+        return answers("127.0.0.1", CONTAINER_PORT)
+    if name == "gpu-worker":
+        return database.node_alive(discovery.service_urls(env.data_dir())[0], node, time.time() - HEARTBEAT_SECONDS)
+    command = (sys.executable, "-m", "celery", "-A", "lmweb.celery", "inspect", "ping", "-t", "5", "-d", f"io@{node}")
+    return subprocess.call(command, stdout=subprocess.DEVNULL, cwd=REPOSITORY, env=environment()) == 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
