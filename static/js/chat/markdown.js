@@ -17,6 +17,7 @@ const CONFIG = {
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
   ALLOWED_URI_REGEXP: /^(?:https?:|mailto:)/i,
+  ADD_URI_SAFE_ATTR: ["align", "checked", "class", "disabled", "start", "type"],
   RETURN_DOM_FRAGMENT: true,
 };
 
