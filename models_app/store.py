@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import psutil
 from django.db import close_old_connections, connection, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import F, Q
 from django.utils import timezone
 
@@ -33,16 +34,23 @@ RETURNING g.id, g.cancel_requested
 
 @contextmanager
 def _brief(*, durable: bool) -> Iterator[None]:
-    """A short transaction on a healthy connection. Not ``durable``: may be lost if PostgreSQL dies in the next half second."""
+    """A short use of a healthy connection. Not ``durable``: may be lost if PostgreSQL dies in the next half second."""
     close_old_connections()
     try:
-        with transaction.atomic():
-            if not durable:
-                with connection.cursor() as cursor:
-                    cursor.execute("SET LOCAL synchronous_commit TO off")
+        if durable:
+            with transaction.atomic(), connection.cursor() as cursor:
+                cursor.execute("SET LOCAL synchronous_commit TO on")
+                yield
+        else:
             yield
     finally:
         close_old_connections()
+
+
+def relax_commits(connection: BaseDatabaseWrapper, **_: Any) -> None:
+    """Do not wait for the disk on this connection: what a worker notes down every second may be lost with PostgreSQL's last half."""
+    with connection.cursor() as cursor:
+        cursor.execute("SET synchronous_commit TO off")
 
 
 class DjangoStore:

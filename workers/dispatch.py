@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 
+from django.db.models import Count, Q
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
@@ -22,15 +23,9 @@ CANCEL = "cancel_generation"
 
 def choose_node(model_id: int) -> WorkerNode | None:
     """Return the node to run this model on: one that has it in memory, else the one with most free memory; None if no node lives."""
-    nodes = list(WorkerNode.objects.alive().prefetch_related("instances"))
-    if not nodes:
-        return None
-
-    def rank(node: WorkerNode) -> tuple[bool, int]:
-        loaded = any(i.model_id == model_id and i.status in {"ready", "loading"} for i in node.instances.all())
-        return loaded, node.free_memory_bytes
-
-    return max(nodes, key=rank)
+    usable = Q(instances__model_id=model_id, instances__status__in=["ready", "loading"])
+    nodes = WorkerNode.objects.alive().annotate(loaded=Count("instances", filter=usable))
+    return nodes.order_by("-loaded", "-free_memory_bytes").first()
 
 
 def send(task: str, node: str, *args: str | int) -> bool:

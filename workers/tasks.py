@@ -15,10 +15,11 @@ import psutil
 from celery import signals
 from celery.worker.control import control_command
 from django.conf import settings
+from django.db.backends.signals import connection_created
 
 from lmweb.celery import app
 from models_app.reaper import Reaper
-from models_app.store import DjangoStore
+from models_app.store import DjangoStore, relax_commits
 from workers.dispatch import CANCEL
 from workers.host import Host
 from workers.store import Instance
@@ -92,6 +93,7 @@ def _is_gpu_worker(consumer: Any) -> bool:
 def start_host(sender: Any, **_: Any) -> None:
     """Register the node and take up what was left lying."""
     if _is_gpu_worker(sender):
+        connection_created.connect(relax_commits)
         for generation_id in host().start():
             host().generate(generation_id)
 
