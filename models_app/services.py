@@ -60,9 +60,9 @@ def import_file(
     """
     if principal:
         require(principal, Action.IMPORT_MODELS)
+    name = naming.file_name(original_name or source.name)  # of a link its own name: caches link from names to hashes
     source = placement.check_source(source, mode)
     _refuse_stored_file(source)
-    name = naming.file_name(original_name or source.name)
     model = gguf.read_model(source)
     publisher, repo = naming.parse_user_repo(user_repo) if user_repo else naming.guess_user_repo(name, model)
     row = InstalledModel(

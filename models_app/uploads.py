@@ -191,7 +191,7 @@ def _locked(upload: Upload) -> Iterator[int]:
     """Open the bytes for writing, alone: two pieces at the same time would mix. Yields the descriptor."""
     try:
         descriptor = os.open(_data(upload.id), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except OSError:
         raise NotFound("There is no such upload any more.") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

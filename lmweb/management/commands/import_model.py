@@ -1,0 +1,81 @@
+"""``import_model``: take a GGUF file into the models directory, as ``lms import`` does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from django.core.management.base import CommandError, CommandParser
+
+from models_app import gguf, naming, placement, services
+from models_app.cli import ModelCommand, model_info, size
+from models_app.models import InstalledModel
+from models_app.placement import Mode
+
+HAPPENED = {
+    Mode.MOVE: "Moved it to",
+    Mode.COPY: "Copied it to",
+    Mode.HARD_LINK: "Hard-linked it as",
+    Mode.SYMBOLIC_LINK: "Linked to it from",
+}
+
+
+class Command(ModelCommand):
+    """Import a model file."""
+
+    help = "Import a GGUF model file. Without an option the file is moved."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Declare the arguments."""
+        super().add_arguments(parser)
+        parser.add_argument("file", nargs="?", type=Path, help="the .gguf file")
+        parser.add_argument("--user-repo", metavar="PUBLISHER/NAME", help="where to store it; without, this is guessed from the file")
+        mode = parser.add_mutually_exclusive_group()
+        for flags, value, words in (
+            (["--move"], Mode.MOVE, "move the file (the default)"),
+            (["-c", "--copy"], Mode.COPY, "copy the file"),
+            (["-L", "--hard-link"], Mode.HARD_LINK, "make a hard link to the file"),
+            (["-l", "--symbolic-link"], Mode.SYMBOLIC_LINK, "make a symbolic link to the file"),
+        ):
+            mode.add_argument(*flags, dest="mode", action="store_const", const=value, help=words)
+        parser.add_argument("-y", "--yes", action="store_true", help=argparse.SUPPRESS)  # as lms has it; nothing is asked here
+        parser.add_argument("--dry-run", action="store_true", help="check the file and say what would be done")
+        parser.add_argument("--starter", action="store_true", help="install the small starter model again after it was deleted")
+
+    def handle(self, *_: Any, **options: Any) -> None:
+        """Import, and say what happened."""
+        if options["starter"] == (options["file"] is not None):
+            raise CommandError("Name the file to import, or give --starter.")
+        mode: Mode = options["mode"] or Mode.MOVE
+        if options["starter"]:
+            model = services.ensure_starter(restore=True)
+            if model is None:
+                raise CommandError("The starter model could not be installed.")
+            mode = Mode.COPY
+        elif options["dry_run"]:
+            return self._dry_run(options["file"], options["user_repo"], mode)
+        else:
+            model = services.import_file(
+                principal=None, source=options["file"], user_repo=options["user_repo"], mode=mode, progress=self._copied
+            )
+            self.end_progress()
+        if options["json"]:
+            return self.print_json(model_info(model))
+        return self._say(model, mode)
+
+    def _copied(self, done: int, total: int) -> None:
+        self.progress(f"Copying: {size(done)} of {size(total)}")
+
+    def _say(self, model: InstalledModel, mode: Mode) -> None:
+        self.stdout.write(f"{HAPPENED[mode]} {model.file}")
+        facts = [model.architecture, model.params_string, model.quantization, size(model.size_bytes)]
+        self.stdout.write(f"Imported {model.key} ({', '.join(facts)}, context {model.max_context_length})")
+
+    def _dry_run(self, file: Path, user_repo: str | None, mode: Mode) -> None:
+        name = naming.file_name(file.name)
+        facts = gguf.read_model(placement.check_source(file, mode))
+        publisher, repo = naming.parse_user_repo(user_repo) if user_repo else naming.guess_user_repo(file.name, facts)
+        path = f"{publisher}/{repo}/{name}"
+        key = services.free_key(publisher, repo, path, facts.quantization)
+        self.stdout.write(f"Would {mode.value} {file} to {placement.models_dir() / path} as {key}. Nothing was done.")
