@@ -19,7 +19,7 @@ from lmweb.access import Action, Principal, require
 from lmweb.db import run_db
 from lmweb.errors import GenerationInterrupted, InvalidRequest, LmwebError
 from models_app.generations import resolve_model
-from models_app.models import InstalledModel
+from models_app.models import InstalledModel, ModelInstance
 from workers.events import (
     AnyEvent,
     ChatEnd,
@@ -43,20 +43,21 @@ _encoder = msgspec.json.Encoder()
 
 def json_response(body: msgspec.Struct, *, status: int = 200) -> HttpResponse:
     """Return a struct as JSON."""
-    headers = {"X-Content-Type-Options": "nosniff"}
-    return HttpResponse(_encoder.encode(body), status=status, content_type="application/json", headers=headers)
+    content = _encoder.encode(body)
+    headers = {"Content-Length": str(len(content)), "X-Content-Type-Options": "nosniff"}
+    return HttpResponse(content, status=status, content_type="application/json", headers=headers)
 
 
 @router.get("/models")
 async def list_models(request: HttpRequest) -> HttpResponse:
     """List the models that requests may name; one that is not in memory is loaded on first use."""
-    return json_response(ModelList([_model(model) for model in await run_db(_visible_models, principal_of(request))]))
+    return json_response(ModelList(data=await run_db(_visible_models, principal_of(request))))
 
 
 @router.get("/models/{path:model_id}")
 async def get_model(request: HttpRequest, model_id: str) -> HttpResponse:
     """Describe one model."""
-    return json_response(_model(await run_db(_visible_model, principal_of(request), model_id)))
+    return json_response(await run_db(_visible_model, principal_of(request), model_id))
 
 
 @router.post("/chat/completions")
@@ -73,18 +74,26 @@ async def chat_completions(request: HttpRequest) -> HttpResponseBase:
     return json_response(translate.completion(feed.generation.pk, feed.generation.model_key, end))
 
 
-def _visible_models(principal: Principal) -> list[InstalledModel]:
+def _visible_models(principal: Principal) -> list[Model]:
+    """Return every name that a request may use: models by key, then loaded ones by the identifiers that they were given."""
     require(principal, Action.READ_MODELS)
-    return list(InstalledModel.objects.visible_to(principal))
+    models = list(InstalledModel.objects.visible_to(principal))
+    names = {model.key: model for model in models}
+    instances = ModelInstance.objects.filter(model__in=models, status=ModelInstance.Status.READY)
+    for instance in instances.select_related("model").order_by("identifier"):
+        names.setdefault(instance.identifier, instance.model)
+    return [_model(model, name) for name, model in names.items()]
 
 
-def _visible_model(principal: Principal, name: str) -> InstalledModel:
+def _visible_model(principal: Principal, name: str) -> Model:
     require(principal, Action.READ_MODELS)
-    return resolve_model(principal, name)
+    model = resolve_model(principal, name)
+    is_key = name.lower() == model.key.lower()
+    return _model(model, model.key if is_key else name)
 
 
-def _model(model: InstalledModel) -> Model:
-    return Model(id=model.key, created=int(model.created_at.timestamp()), owned_by=model.publisher)
+def _model(model: InstalledModel, name: str) -> Model:
+    return Model(id=name, created=int(model.created_at.timestamp()), owned_by=model.publisher)
 
 
 def _json_body(request: HttpRequest) -> bytes:

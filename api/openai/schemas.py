@@ -111,69 +111,69 @@ class Delta(msgspec.Struct, frozen=True):
     reasoning_content: str | UnsetType = UNSET
 
 
-class ChunkChoice(msgspec.Struct, frozen=True):
+class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     """The only choice of a chunk."""
 
-    delta: Delta
     index: int = 0
+    delta: Delta
     logprobs: None = None
     finish_reason: FinishReason | None = None
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """One event of a stream. ``usage`` is there (null but in the last one) only if the client asked for it."""
 
     id: str
+    object: str = "chat.completion.chunk"
     created: int
     model: str
     choices: list[ChunkChoice]
-    object: str = "chat.completion.chunk"
     usage: Usage | UnsetType | None = UNSET
 
 
-class AnswerMessage(msgspec.Struct, frozen=True):
+class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
     """The whole answer."""
 
-    content: str
     role: str = "assistant"
+    content: str
     refusal: None = None
     reasoning_content: str | UnsetType = UNSET
 
 
-class Choice(msgspec.Struct, frozen=True):
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """The only choice of a completion."""
 
-    message: AnswerMessage
-    finish_reason: FinishReason
     index: int = 0
+    message: AnswerMessage
     logprobs: None = None
+    finish_reason: FinishReason
 
 
-class Completion(msgspec.Struct, frozen=True):
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to a request without ``stream``."""
 
     id: str
+    object: str = "chat.completion"
     created: int
     model: str
     choices: list[Choice]
     usage: Usage
-    object: str = "chat.completion"
 
 
-class Model(msgspec.Struct, frozen=True):
+class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A model that requests may name."""
 
     id: str
+    object: str = "model"
     created: int
     owned_by: str
-    object: str = "model"
 
 
-class ModelList(msgspec.Struct, frozen=True):
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     """The answer of ``GET /v1/models``."""
 
-    data: list[Model]
     object: str = "list"
+    data: list[Model]
 
 
 class ErrorBody(msgspec.Struct, frozen=True):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 
 import pytest
 
 from lmweb.db import run_db
 from lmweb.models import ApiToken, User
-from models_app.models import Generation, InstalledModel
+from models_app.models import Generation, InstalledModel, ModelInstance
 from tests.api.client import Call, call
 from tests.api.hand import hand, status_becomes_cancelled
 from workers.events import (
@@ -22,6 +23,7 @@ from workers.events import (
     ReasoningStart,
     Snapshot,
 )
+from workers.models import WorkerNode
 
 pytestmark = [pytest.mark.usefixtures("model"), pytest.mark.asyncio(loop_scope="session")]
 
@@ -339,11 +341,21 @@ async def test_a_viewer_and_a_narrow_token_may_not_generate(stranger: User, owne
     assert not await run_db(Generation.objects.exists)
 
 
+def _load(model: InstalledModel, identifier: str) -> None:
+    node = WorkerNode.objects.create(name="box", incarnation=uuid.uuid4())
+    for name in (identifier, model.key):
+        ModelInstance.objects.create(identifier=name, model=model, node=node, status="ready")
+
+
 async def test_lists_and_describes_models(token: str, model: InstalledModel) -> None:
     entry = {"id": "acme/tiny", "object": "model", "created": int(model.created_at.timestamp()), "owned_by": "acme"}
     assert (await call("GET", "/v1/models", token=token)).json() == {"object": "list", "data": [entry]}
     assert (await call("GET", "/v1/models/acme/tiny", token=token)).json() == entry
     assert (await call("GET", "/v1/models/ACME%2FTiny", token=token)).json() == entry
+    await run_db(_load, model, "my-name")
+    named = entry | {"id": "my-name"}
+    assert (await call("GET", "/v1/models", token=token)).json()["data"] == [entry, named]
+    assert (await call("GET", "/v1/models/my-name", token=token)).json() == named
     missing = await call("GET", "/v1/models/acme/none", token=token)
     assert (missing.status, missing.error()["code"]) == (404, "model_not_found")
 
