@@ -18,7 +18,7 @@ from models_app.models import InstalledModel
 from tests.models.conftest import stored_files
 from tests.models.hostile import hostile_files
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = pytest.mark.django_db
 HOSTILE = hostile_files()
 
 

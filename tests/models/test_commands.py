@@ -1,0 +1,183 @@
+"""The commands: what they print, in words and JSON, and how they fail: one line, exit status 1, no traceback."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core.management import CommandError, call_command
+from django.db import connection
+
+from models_app import services
+from models_app.models import InstalledModel, ModelInstance
+from tests.models.hostile import hostile_files
+from workers.models import WorkerNode
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def run(*args: str) -> str:
+    out = io.StringIO()
+    call_command(*args, stdout=out)
+    return out.getvalue()
+
+
+@pytest.fixture
+def worker(node: WorkerNode) -> Iterator[Callable[[Callable[[ModelInstance], None]], None]]:
+    """Answer load and unload requests as a node does, from a thread, until the test ends."""
+    stop = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def start(on_load: Callable[[ModelInstance], None]) -> None:
+        def loop() -> None:
+            while not stop.wait(0.02):
+                for instance in ModelInstance.objects.filter(status="loading"):
+                    on_load(instance)
+                ModelInstance.objects.filter(status="unloading").delete()
+            connection.close()
+
+        threads.append(threading.Thread(target=loop))
+        threads[0].start()
+
+    yield start
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+def ready(instance: ModelInstance) -> None:
+    ModelInstance.objects.filter(pk=instance.pk).update(status="ready", config={**instance.config, "context_length": 512})
+
+
+def test_import_says_what_happened(micro: Path) -> None:
+    said = run("import_model", str(micro), "--user-repo", "team/model")
+    model = InstalledModel.objects.get()
+    assert said == f"Moved it to {model.file}\nImported team/model (qwen2, 261K, F32, 1.13 MB, context 2048)\n"
+    assert not micro.exists()
+
+
+@pytest.mark.parametrize(("option", "words"), [("--copy", "Copied"), ("--hard-link", "Hard-linked"), ("-l", "Linked"), ("--move", "Moved")])
+def test_import_modes(micro: Path, option: str, words: str) -> None:
+    assert run("import_model", str(micro), option).startswith(words)
+    assert micro.exists() == (option != "--move")
+    assert InstalledModel.objects.get().key == "local/micro-test"
+
+
+def test_import_in_json(micro: Path) -> None:
+    facts = json.loads(run("import_model", str(micro), "--copy", "--json"))
+    assert facts["modelKey"] == "local/micro-test"
+    assert facts["quantization"] == {"name": "F32", "bits": 32.0}
+    assert facts["maxContextLength"] == 2048
+
+
+def test_dry_run_changes_nothing(micro: Path) -> None:
+    assert "Would move" in run("import_model", str(micro), "--dry-run")
+    assert micro.exists()
+    assert not InstalledModel.objects.exists()
+
+
+def test_starter_comes_back(boss: Any) -> None:
+    assert "lmweb/starter" in run("import_model", "--starter")
+    services.delete_model(principal=boss, model=InstalledModel.objects.get())
+    assert services.ensure_starter() is None
+    run("import_model", "--starter")
+    assert InstalledModel.objects.get().key == "lmweb/starter"
+
+
+@pytest.mark.parametrize("name", ["text", "one byte short", "offset beyond the file", "vision projector"])
+def test_import_of_a_bad_file_is_one_line(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "bad.gguf"
+    file.write_bytes(hostile_files()[name])
+    with pytest.raises(CommandError) as caught:
+        run("import_model", str(file))
+    assert "\n" not in str(caught.value)
+    assert file.exists()
+    assert not InstalledModel.objects.exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["import_model"], ["import_model", "/nowhere.gguf"], ["import_model", "x.gguf", "--copy", "--move"], ["import_model", "x", "--starter"],
+        ["load"], ["load", "nothing"], ["load", "a\x00b"], ["unload"], ["unload", "nothing"], ["unload", "x", "--all"],
+        ["load", "x", "--context-length", "0"], ["load", "x", "--context-length", "many"], ["load", "x", "--parallel", "1000"],
+    ],
+)  # fmt: skip
+def test_bad_calls(args: list[str]) -> None:
+    with pytest.raises(CommandError):
+        run(*args)
+
+
+def test_ls(micro: Path) -> None:
+    assert "No models" in run("ls")
+    run("import_model", str(micro), "--user-repo", "team/model")
+    lines = run("ls").splitlines()
+    assert lines[0].split() == ["MODEL", "PARAMS", "ARCH", "QUANT", "SIZE", "CONTEXT", "STATE"]
+    assert lines[1].split() == ["team/model", "261K", "qwen2", "F32", "1.13", "MB", "2048"]
+    assert lines[2] == "1 model, 1.13 MB on disk"
+    assert json.loads(run("ls", "--json"))[0]["path"] == "team/model/Micro-Test-F32.gguf"
+
+
+def test_load_ps_unload(micro: Path, worker: Callable[..., None]) -> None:
+    run("import_model", str(micro), "--user-repo", "team/model")
+    worker(ready)
+    assert "No model is loaded" in run("ps")
+    assert run("load", "model", "--context-length", "512", "--gpu", "0.5").startswith("Loaded team/model in ")
+    assert ModelInstance.objects.get().config["gpu_layers"] == 1
+    second = json.loads(run("load", "team/model", "--identifier", "second", "--gpu", "off", "--json"))
+    assert (second["identifier"], second["status"], second["contextLength"]) == ("second", "ready", 512)
+    lines = run("ps").splitlines()
+    assert [line.split()[0] for line in lines] == ["IDENTIFIER", "second", "team/model"]
+    assert "idle" in lines[1]
+    assert [entry["queued"] for entry in json.loads(run("ps", "--json"))] == [0, 0]
+    assert run("unload", "second") == "Unloaded second\n"
+    assert run("unload", "--all") == "Unloaded team/model\n"
+    assert run("unload", "--all") == "No model was loaded.\n"
+
+
+def test_failed_load_says_why(micro: Path, worker: Callable[..., None]) -> None:
+    run("import_model", str(micro), "--user-repo", "team/model")
+    worker(lambda i: ModelInstance.objects.filter(pk=i.pk).update(status="failed", error="Not enough memory: 9 GB needed."))
+    with pytest.raises(CommandError, match="Not enough memory: 9 GB needed"):
+        run("load", "team/model")
+
+
+def test_load_without_a_worker(micro: Path) -> None:
+    run("import_model", str(micro), "--user-repo", "team/model")
+    with pytest.raises(CommandError, match="No worker is running"):
+        run("load", "team/model")
+
+
+@pytest.mark.parametrize("gpu", ["2", "-1", "lots", "nan"])
+def test_bad_gpu(micro: Path, node: WorkerNode, gpu: str) -> None:
+    run("import_model", str(micro), "--user-repo", "team/model")
+    with pytest.raises(CommandError, match="--gpu"):
+        run("load", "team/model", f"--gpu={gpu}")
+
+
+def test_same_name_of_two_publishers(micro: Path) -> None:
+    for publisher in ("a", "b"):
+        run("import_model", str(micro), "--user-repo", f"{publisher}/model", "--copy")
+    with pytest.raises(CommandError, match="a/model, b/model"):
+        run("load", "model")
+
+
+def test_exit_status_and_no_traceback(tmp_path: Path) -> None:
+    """As a process: also when no database runs."""
+    environment = {**os.environ, "LMWEB_DATA_DIR": str(tmp_path / "data"), "DJANGO_SETTINGS_MODULE": "lmweb.settings"}
+    for args in (["ls"], ["import_model", "/nowhere.gguf"]):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "django", *args], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert done.stderr.startswith("CommandError: ")
+        assert time.monotonic() - started < 20
