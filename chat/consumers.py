@@ -47,12 +47,15 @@ class ChatConsumer(AsyncWebsocketConsumer):
         """Accept people who are signed in."""
         self.chat_id: uuid.UUID | None = None
         self.watching: dict[str, asyncio.Task[None]] = {}
+        self.user_group = ""
         self._principal: Principal | None = None
         self._principal_read = 0.0
         await self.accept()
         try:
-            principal = await self.principal()
-            await self.channel_layer.group_add(user_group(principal.user.pk), self.channel_name)
+            if user_id := getattr(self.scope.get("user"), "pk", None):  # joins first: a change between the two steps must not be missed
+                self.user_group = user_group(user_id)
+                await self.channel_layer.group_add(self.user_group, self.channel_name)
+            await self.principal()
         except NotAuthenticated:
             await self.close(SIGNED_OUT)
         except (DatabaseError, InterfaceError, RedisError, OSError):
@@ -63,8 +66,8 @@ class ChatConsumer(AsyncWebsocketConsumer):
         for task in self.watching.values():
             task.cancel()
         try:
-            if self._principal:
-                await self.channel_layer.group_discard(user_group(self._principal.user.pk), self.channel_name)
+            if self.user_group:
+                await self.channel_layer.group_discard(self.user_group, self.channel_name)
             if self.chat_id:
                 await self.channel_layer.group_discard(chat_group(self.chat_id), self.channel_name)
         except (RedisError, OSError) as error:
