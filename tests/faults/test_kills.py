@@ -1,0 +1,142 @@
+"""``kill -9`` of every part in the middle of streaming answers: each ends complete or with a clear error, and all its text is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from tests.faults.streams import Stream
+from tests.live import Live
+from tests.micro_models import make_micro
+
+MODEL = "test/slow"
+TOKENS = 700
+
+
+@pytest.fixture(scope="module")
+def token(live: Live, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Import a model that writes for several seconds, and return a token to use it with."""
+    file = make_micro(tmp_path_factory.mktemp("slow") / "slow.gguf", layers=96, context=4096, name="slow")
+    live.create_admin()
+    live.manage("import_model", str(file), "--copy", "--user-repo", MODEL)
+    return live.create_token()
+
+
+@pytest.fixture
+def streams(fault_live: Live, token: str) -> Iterator[list[Stream]]:
+    """Start three answers and wait until all of them stream."""
+    names = ["time year people", "way day man thing", "woman life child world"]
+    started = [Stream(fault_live, token, name, model=MODEL, max_tokens=TOKENS) for name in names]
+    wait_for(lambda: all(len(stream.text) > 200 for stream in started), what="all answers stream")
+    yield started
+    for stream in started:
+        stream.close()
+
+
+def wait_for(condition: Callable[[], object], *, what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.05)
+
+
+def runner_pids(live: Live) -> list[int]:
+    return [
+        child.pid for child in psutil.Process(live.processes["gpu-worker"]).children(recursive=True) if "workers.runner" in child.cmdline()
+    ]
+
+
+def newest_rows(live: Live, n: int) -> list[tuple[str, str, str, int, int]]:
+    return live.rows(
+        "SELECT status, content, error_code, coalesce(cardinality(output_tokens), 0), resumes FROM models_app_generation ORDER BY created_at DESC LIMIT %s",
+        n,
+    )[::-1]
+
+
+def all_ended(live: Live) -> bool:
+    return live.rows("SELECT count(*) FROM models_app_generation WHERE status IN ('queued', 'running')")[0][0] == 0
+
+
+def check_all_kept(live: Live, streams: list[Stream], *, connected: bool = True) -> None:
+    """Every answer is complete, the row holds it, and who stayed connected saw all of it once."""
+    wait_for(lambda: all_ended(live), what="every generation ended")
+    rows = {content for _, content, *_ in newest_rows(live, 3)}
+    for status, _content, error_code, n_tokens, _resumes in newest_rows(live, 3):
+        assert (status, error_code, n_tokens) == ("completed", "", TOKENS)
+    for stream in streams:
+        stream.thread.join(30)
+        if connected:
+            assert stream.done
+            assert not stream.lost
+            assert stream.finish_reason == "length"
+            assert stream.text in rows
+        else:
+            assert any(row.startswith(stream.text) for row in rows)
+
+
+def check_next_request(live: Live, token: str) -> None:
+    """The system serves again."""
+    live.wait_healthy()
+    after = Stream(live, token, "hello there", model=MODEL, max_tokens=5)
+    after.thread.join(60)
+    assert after.done, after.error
+
+
+def test_the_runner(fault_live: Live, token: str, streams: list[Stream]) -> None:
+    psutil.Process(runner_pids(fault_live)[0]).kill()
+    check_all_kept(fault_live, streams)
+    assert [row[4] for row in newest_rows(fault_live, 3)] == [1, 1, 1]
+    check_next_request(fault_live, token)
+
+
+def test_the_gpu_worker(fault_live: Live, token: str, streams: list[Stream]) -> None:
+    runners = runner_pids(fault_live)
+    fault_live.kill("gpu-worker")
+    check_all_kept(fault_live, streams)
+    assert not any(psutil.pid_exists(pid) for pid in runners), "a runner outlives its worker"
+    check_next_request(fault_live, token)
+
+
+def test_valkey(fault_live: Live, token: str, streams: list[Stream]) -> None:
+    fault_live.kill("valkey")
+    check_all_kept(fault_live, streams)
+    check_next_request(fault_live, token)
+
+
+def test_postgresql(fault_live: Live, token: str, streams: list[Stream]) -> None:
+    fault_live.kill("postgres")
+    wait_for(fault_live.healthy, what="PostgreSQL is back")
+    check_all_kept(fault_live, streams)
+    check_next_request(fault_live, token)
+
+
+def test_the_web_server(fault_live: Live, token: str, streams: list[Stream]) -> None:
+    fault_live.kill("web")
+    check_all_kept(fault_live, streams, connected=False)
+    check_next_request(fault_live, token)
+
+
+def test_valkey_and_the_gpu_worker_together(fault_live: Live, token: str, streams: list[Stream]) -> None:
+    """The worst case: the stream and the process that could refill it are both gone; the row's last second remains."""
+    fault_live.kill("valkey")
+    fault_live.kill("gpu-worker")
+    wait_for(lambda: all_ended(fault_live), what="every generation ended")
+    for status, content, _code, n_tokens, _resumes in newest_rows(fault_live, 3):
+        assert status == "completed"
+        assert n_tokens == TOKENS
+        assert content
+    check_next_request(fault_live, token)
+
+
+def test_a_client_that_hangs_up_frees_its_slot(fault_live: Live, token: str, streams: list[Stream]) -> None:
+    streams[0].close()
+    wait_for(lambda: min(row[0] for row in newest_rows(fault_live, 3)) == "cancelled", what="its generation is cancelled", seconds=5)
+    for stream in streams[1:]:
+        stream.thread.join(60)
+        assert stream.done
+    kept = [row for row in newest_rows(fault_live, 3) if row[0] == "cancelled"]
+    assert len(kept) == 1
+    assert kept[0][1].startswith(streams[0].text[:100])
