@@ -1,0 +1,149 @@
+"""The My Models page in a real browser against a whole installation."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.live import PASSWORD, Live
+from tests.micro_models import make_micro
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page, Route
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@pytest.fixture
+def page(live: Live) -> Iterator[Page]:
+    from playwright.sync_api import sync_playwright
+
+    live.create_admin()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.goto(f"{live.base_url}/sign-in?next=/models/")
+        page.fill("[name=username]", "admin")
+        page.fill("[name=password]", PASSWORD)
+        page.click("button.primary")
+        page.wait_for_selector("#model-list")
+        yield page
+        browser.close()
+
+
+def row(page: Page, key: str) -> str:
+    return f"#model-list tr:has(.mono:text-is('{key}'))"
+
+
+def test_import_load_unload_delete(page: Page, live: Live, tmp_path: Path) -> None:
+    file = make_micro(tmp_path / "Demo-F32.gguf", name="Demo")
+    page.click("#import-open")
+    page.set_input_files("#import-file", file)
+    assert page.input_value("#import-publisher") == "local"
+    assert page.input_value("#import-repo") == "Demo"
+    page.fill("#import-publisher", "team")
+    page.click("#import-start")
+    page.wait_for_selector(row(page, "team/demo"))
+    assert live.rows("SELECT path FROM models_app_installedmodel WHERE key = 'team/demo'") == [("team/Demo/Demo-F32.gguf",)]
+
+    page.click("button[aria-label='Load Demo']")
+    page.wait_for_selector(f"{row(page, 'team/demo')} .badge.good")
+    page.click("button[aria-label='Unload team/demo']")
+    page.wait_for_selector("button[aria-label='Load Demo']")
+
+    page.click("button[aria-label='Load Demo with options']")
+    page.fill("#id_context_length", "256")
+    page.fill("#id_identifier", "small-demo")
+    page.click("#load-dialog button.primary")
+    page.wait_for_selector(f"{row(page, 'team/demo')} .badge.good")
+    assert live.rows("SELECT status FROM models_app_modelinstance WHERE identifier = 'small-demo'") == [("ready",)]
+
+    page.click("button[aria-label='Delete Demo']")
+    page.click("dialog[open] .danger")
+    page.wait_for_selector(row(page, "team/demo"), state="detached")
+    assert not (live.data_dir / "models" / "team").exists()
+
+
+def test_lost_connection_and_taken_name_lose_nothing(page: Page, live: Live, tmp_path: Path) -> None:
+    file = make_micro(tmp_path / "Large-F32.gguf", name="Large")
+    with file.open("r+b") as handle:
+        handle.truncate(30_000_000)  # four pieces; bytes after the weights are allowed
+    failures = [1, 1]
+
+    def flaky(route: Route) -> None:
+        if "offset=16777216" in route.request.url and failures:
+            failures.pop()
+            route.abort("connectionreset")
+        else:
+            route.continue_()
+
+    page.route("**/models/uploads/**", flaky)
+    page.click("#import-open")
+    page.set_input_files("#import-file", file)
+    page.fill("#import-publisher", "lmweb")
+    page.fill("#import-repo", "..")
+    page.click("#import-start")
+    page.wait_for_selector("#import-error:not([hidden])")
+    assert not failures  # both losses were survived before the name was refused
+    page.fill("#import-repo", "Large")
+    page.click("#import-start")
+    page.wait_for_selector(row(page, "lmweb/large"))
+    stored = live.data_dir / "models" / "lmweb" / "Large" / "Large-F32.gguf"
+    assert stored.read_bytes() == file.read_bytes()
+    assert not list((live.data_dir / "models" / ".uploads").iterdir())
+
+
+def test_what_is_no_model_is_refused_in_words(page: Page, live: Live, tmp_path: Path) -> None:
+    evil = tmp_path / "evil.gguf"
+    evil.write_bytes(b"GGUF" + bytes(2000))
+    page.click("#import-open")
+    page.set_input_files("#import-file", evil)
+    page.click("#import-start")
+    page.wait_for_selector("#import-error:not([hidden])")
+    assert "not supported" in page.inner_text("#import-error-text")
+    other = tmp_path / "model.bin"
+    other.write_bytes(b"x")
+    page.set_input_files("#import-file", other)
+    assert "Only model files in the GGUF format" in page.inner_text("#import-error-text")
+    assert page.is_disabled("#import-start")
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_page_fits_its_window(page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 844})
+    page.click("#import-open")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_other_tabs_see_changes_by_themselves(page: Page, live: Live, tmp_path: Path) -> None:
+    file = make_micro(tmp_path / "Elsewhere.gguf", name="Elsewhere")
+    live.manage("import_model", str(file), "--user-repo", "team/elsewhere")
+    page.wait_for_selector(row(page, "team/elsewhere"), timeout=15_000)
+
+
+def test_keyboard_alone(page: Page) -> None:
+    page.focus("#import-open")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "import-file"
+    page.focus("#import-close")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "import-open"
+    page.focus("#model-filter input[type=search]")
+    page.keyboard.type("no such model")
+    page.wait_for_selector("text=Nothing found")
+    page.focus("[data-clear-search]")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#model-list tbody tr")
