@@ -21,6 +21,7 @@ class TokenForm(forms.Form):
         max_length=100,
         help_text="What it is for, such as the program that uses it.",
         widget=forms.TextInput(attrs={"autocomplete": "off", "autofocus": True}),
+        error_messages={"required": "Give it a name, so that you know later where it is used."},
     )
     scopes = forms.MultipleChoiceField(
         label="It may",

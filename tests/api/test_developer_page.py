@@ -51,8 +51,8 @@ def test_a_token_is_shown_one_time(page: Client, owner: User) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": ""}, "required"),
-        ({"name": "  "}, "required"),
+        ({"name": ""}, "Give it a name"),
+        ({"name": "  "}, "Give it a name"),
         ({"name": "a\x00b"}, "Null characters"),
         ({"name": "x" * 101}, "100"),
         ({"scopes": []}, "Choose at least one"),
