@@ -302,7 +302,7 @@ def _read_version(cursor: _Cursor) -> int:
     if cursor.take(4, "the header") != b"GGUF":
         raise InvalidModelFile("This is not a GGUF file. Only models in the GGUF format can be imported.")
     version = int(cursor.number("<I", "the header"))
-    if version & 0xFFFF == 0:
+    if version and version & 0xFFFF == 0:
         raise InvalidModelFile("This GGUF file is big-endian, which is not supported.")
     if version not in (2, 3):
         raise InvalidModelFile(f"GGUF version {version} is not supported (2 and 3 are).")
@@ -440,6 +440,7 @@ def describe(header: Header, file_size: int) -> ModelFile:
     facts = _Facts(header.metadata)
     _refuse_other_kinds(header, facts)
     vocab_size = facts.vocabulary()
+    _check_embedding(header, vocab_size)
     parameters = sum(tensor.elements for tensor in header.tensors)
     quantization = _quantization(header, facts)
     template = facts.text("tokenizer.chat_template")
@@ -543,6 +544,16 @@ def _refuse_other_kinds(header: Header, facts: _Facts) -> None:
         )
     if not header.tensors:
         raise InvalidModelFile("The file has no weights, only a vocabulary.")
+
+
+def _check_embedding(header: Header, vocab_size: int) -> None:
+    """Refuse what has no row of weights for every token: every language model has this tensor, under this name."""
+    embedding = next((tensor for tensor in header.tensors if tensor.name == "token_embd.weight"), None)
+    if embedding is None:
+        raise InvalidModelFile("The file has no token embedding (token_embd.weight), so it is no language model.")
+    rows = embedding.elements // embedding.dimensions[0]
+    if rows != vocab_size:
+        raise InvalidModelFile(f"The token embedding has {rows} rows for a vocabulary of {vocab_size} tokens.")
 
 
 def _model_type(facts: _Facts) -> Literal["llm", "embedding"]:

@@ -209,6 +209,8 @@ def request_load(
             f"{model.key} was made for at most {model.max_context_length} tokens of context, not {config.context_length}.",
             param="context_length",
         )
+    if not model.file.is_file():
+        raise Conflict(f"The file of {model.key} is missing on the server ({model.path}). Import it again.")
     name = naming.check_identifier(identifier) if identifier else model.key
     node = dispatch.choose_node(model.pk)
     if node is None:

@@ -111,6 +111,7 @@ def hostile_files() -> dict[str, bytes]:
     two = replace(VALID, data_bytes=768)
     v = VALID.with_values
     models: dict[str, RawModel] = {
+        "version 0": replace(VALID, version=0),
         "version 1": replace(VALID, version=1),
         "version 4": replace(VALID, version=4),
         "big-endian": replace(VALID, version=0x03000000),
@@ -185,6 +186,9 @@ def hostile_files() -> dict[str, bytes]:
         "tensors overlap": replace(two, tensors=(RawTensor(), RawTensor(name="other", offset=0))),
         "gap between tensors": replace(two, tensors=(RawTensor(), RawTensor(name="other", offset=416))),
         "duplicate tensor": replace(two, tensors=(RawTensor(), RawTensor(offset=384))),
+        "no token embedding": replace(VALID, tensors=(RawTensor(name="output.weight"),)),
+        "embedding smaller than the vocabulary": replace(VALID, tensors=(RawTensor(dimensions=(32, 2)),)),
+        "embedding of another shape": replace(VALID, tensors=(RawTensor(dimensions=(96,)),)),
         "vocabulary only": replace(VALID, tensors=(), data_bytes=0),
         "vision projector": v(general__architecture=string("clip")),
         "adapter": v(general__type=string("adapter"), adapter__type=string("lora")),

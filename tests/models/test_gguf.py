@@ -86,8 +86,8 @@ def test_labels_are_made_safe(tmp_path: Path) -> None:
 
 
 def test_quantization_falls_back_to_the_tensors(tmp_path: Path) -> None:
-    tensors = (RawTensor(type=8, dimensions=(32, 64)), RawTensor(name="norm", dimensions=(32,), offset=2176))
-    raw = replace(VALID, tensors=tensors, data_bytes=2176 + 128)
+    tensors = (RawTensor(type=8), RawTensor(name="norm", dimensions=(32,), offset=128))
+    raw = replace(VALID, tensors=tensors, data_bytes=128 + 128)
     assert parse(tmp_path, raw.with_values(general__file_type=None).encode()).quantization == "Q8_0"
     assert parse(tmp_path, raw.with_values(general__file_type=uint32(1024)).encode()).quantization == "Q8_0"
     assert parse(tmp_path, raw.with_values(general__file_type=uint32(15)).encode()).quantization == "Q4_K_M"
@@ -202,6 +202,7 @@ def test_large_vocabulary_is_skipped_quickly_and_without_memory(tmp_path: Path) 
         tokenizer__ggml__merges=strings(*words),
     )
     file = tmp_path / "large.gguf"
+    raw = replace(raw, tensors=(RawTensor(type=8, dimensions=(32, len(words))),), data_bytes=len(words) * 34)
     file.write_bytes(raw.encode())
     started = time.perf_counter()
     assert gguf.read_model(file).vocab_size == 152_000

@@ -81,6 +81,12 @@ def test_identifier_of_another_model_is_refused(member: Principal, model: Instal
         services.request_load(principal=member, model=model, identifier="B/Other")
 
 
+def test_missing_file_is_said_before_loading(member: Principal, model: InstalledModel, node: WorkerNode) -> None:
+    model.file.unlink()
+    with pytest.raises(Conflict, match="missing on the server"):
+        services.request_load(principal=member, model=model)
+
+
 def test_failed_attempt_makes_room(member: Principal, model: InstalledModel, node: WorkerNode) -> None:
     failed = ModelInstance.objects.create(identifier="a/micro", model=model, node=node, status="failed", error="no memory")
     assert services.request_load(principal=member, model=model).pk != failed.pk
