@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from lmweb import env
 COMPILED = "llama-cpp-python"
 MARKER = "lmweb.json"
 UNFINISHED = "lmweb-unfinished"
+LEANER = Path(__file__).resolve().parent.parent / "requirements" / "llama.cmake"
 LOG = "lmweb-install.log"
 OLDEST_PIP = (22, 3)  # the first that installs into another environment
 
@@ -209,9 +211,10 @@ def install(target: Path, packages: dict[str, str], progress: Progress, *, build
     variables = dict(os.environ)
     fresh = rebuild
     if build is not None:
-        variables["CMAKE_ARGS"] = f"{build.cmake_args} {GPU_FLAGS[build.gpu]}".strip()
+        flags = [f"-DCMAKE_PROJECT_INCLUDE={LEANER}", *shlex.split(build.cmake_args), *GPU_FLAGS[build.gpu].split()]
+        variables["CMAKE_ARGS"] = shlex.join(flags)
         # A wheel in the installer's cache may have been built with other flags.
-        fresh = rebuild or bool(variables["CMAKE_ARGS"])
+        fresh = rebuild or bool(build.cmake_args) or build.gpu != "cpu"
     for command in installers(target, listed, rebuild=rebuild, no_cache=fresh, verbose=build is not None):
         if run(command, variables, target / LOG, progress):
             return
@@ -259,19 +262,21 @@ def run(command: list[str], variables: dict[str, str], log: Path, progress: Prog
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
             progress.end(succeeded=succeeded)
 
 
 class Progress:
     """One line on the terminal that tells phase, percent and time; a line every ten seconds where there is no terminal."""
 
-    def __init__(self, phase: str, total: int = 0, out: Callable[[str], object] = sys.stdout.write) -> None:
+    def __init__(self, phase: str, total: int = 0, out: Callable[[str], object] | None = None) -> None:
         self.phase = phase
         self._total = total
         self._seen = 0
         self._percent = 0
         self._began = self._shown = time.monotonic()
-        self._out = out
+        self._out = out or sys.stdout.write
         self._terminal = sys.stdout.isatty()
 
     def line(self, text: str) -> None:
