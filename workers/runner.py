@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ import msgspec
 from lmweb.errors import ContextLengthExceeded, InvalidRequest, LmwebError, ModelLoadFailed
 from workers.engines import registry
 from workers.engines.base import Engine, Sequence, StepResult
-from workers.events import AnyEvent, ErrorInfo, PromptProcessingEnd, PromptProcessingProgress, PromptProcessingStart, Stats
+from workers.events import AnyEvent, ErrorInfo, PromptProcessingEnd, PromptProcessingProgress, PromptProcessingStart, QueueUpdate, Stats
 from workers.parsing.output import OutputParser, replay
 from workers.protocol import Cancel, Channel, HostMessage, Load, Loaded, LoadFailed, LoadProgress, Output, Shutdown, Step, Submit
 from workers.schemas import ChatMessage
@@ -33,6 +33,7 @@ from workers.templates import ChatTemplate
 
 #: Prompts that take several steps report their progress.
 PROGRESS_MIN_TOKENS = 256
+QUEUE_REPORT_SECONDS = 1.0
 STEP_LOG_BYTES = 4 * 1024 * 1024
 
 
@@ -74,6 +75,7 @@ class Runner:
         self._template = ChatTemplate(engine.info.chat_template, bos_token=engine.info.bos_text, eos_token=engine.info.eos_text)
         self._shared_prefix = lru_cache(maxsize=256)(self._render_shared_prefix)
         self._log = step_log
+        self._queue = QueueReport(engine.info.parallel)
 
     def submit(self, message: Submit) -> Output | None:
         """Start a generation; returns its only output if it ends at once (refused, or complete already)."""
@@ -114,6 +116,8 @@ class Runner:
         for sequence, text in result.failed:
             events, _ = outputs.setdefault(sequence.id, ([], []))
             finished[sequence.id] = (self._end(sequence.id, events, "failed"), ErrorInfo(code="context_length_exceeded", message=text))
+        for generation_id, event in self._queue.due(self.engine.queue):
+            outputs.setdefault(generation_id, ([], []))[0].append(event)
         self._log.write(result)
         nothing = (None, None)
         return Step(
@@ -151,6 +155,7 @@ class Runner:
             shared_prefix=self._shared_tokens(request.messages, prompt),
             sampling=sampling,
             limit=min(sampling.max_tokens or room, room),
+            lane=request.lane,
             output=list(message.output_tokens),
         )
         return Job(sequence, parser, resumed_tokens=len(message.output_tokens), prompt_done=bool(message.output_tokens))
@@ -211,7 +216,37 @@ class Runner:
         job = self.jobs.pop(generation_id)
         self.engine.remove(generation_id)
         events += job.parser.finish()
-        return job.stats(reason)
+        stats = job.stats(reason)
+        self._queue.note_end(stats.generation_time_seconds)
+        return stats
+
+
+class QueueReport:
+    """Tells those who wait where they stand, at most once a second and only when it changed."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._seconds_per_generation = 0.0
+        self._told: dict[str, int] = {}
+        self._told_at = 0.0
+
+    def note_end(self, seconds: float) -> None:
+        """Learn how long generations take."""
+        self._seconds_per_generation = seconds if not self._seconds_per_generation else 0.8 * self._seconds_per_generation + 0.2 * seconds
+
+    def due(self, queue: Callable[[], list[Sequence]]) -> Iterator[tuple[str, QueueUpdate]]:
+        """Yield the events that are due now, with the generation that each belongs to."""
+        now = time.monotonic()
+        if now - self._told_at < QUEUE_REPORT_SECONDS:
+            return
+        self._told_at = now
+        positions = {sequence.id: position for position, sequence in enumerate(queue())}
+        for generation_id, position in positions.items():
+            if self._told.get(generation_id) != position:
+                eta = round((position + 1) * self._seconds_per_generation / self._slots, 1) or None
+                reason = "You are next." if not position else f"{position} ahead of you."
+                yield generation_id, QueueUpdate(position=position, reason=reason, eta_seconds=eta)
+        self._told = positions
 
 
 class StepLog:

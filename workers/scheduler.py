@@ -7,10 +7,11 @@ ones too; a newcomer whose prefix another sequence is computing right now waits 
 
 from __future__ import annotations
 
-from collections import deque
+import time
 from dataclasses import dataclass, field
 
 from workers.engines.base import Sequence
+from workers.fairness import FairShare
 
 #: A running computation of a longer prefix is worth waiting for from this many tokens on.
 COALESCE_TOKENS = 64
@@ -97,7 +98,8 @@ class Scheduler:
 
     def __init__(self, *, slots: int, cells: int, batch_tokens: int, can_share: bool) -> None:
         self.slots = [Slot(i) for i in range(slots)]
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
+        self.fair = FairShare()
         self.cells = cells
         self.batch_tokens = batch_tokens
         self.can_share = can_share
@@ -116,6 +118,16 @@ class Scheduler:
         """Return the slot that runs this sequence."""
         return next((slot for slot in self.running if slot.sequence and slot.sequence.id == sequence_id), None)
 
+    def enqueue(self, sequence: Sequence) -> None:
+        """Let a new sequence wait for its turn."""
+        active = {other.owner for other in self.waiting} | {slot.sequence.owner for slot in self.running if slot.sequence}
+        self.fair.arrive(sequence.owner, active)
+        self.waiting.append(sequence)
+
+    def queue(self) -> list[Sequence]:
+        """Return the waiting sequences in the order of their turns."""
+        return self.fair.order(self.waiting, self._running_sequences(), time.perf_counter())
+
     def withdraw(self, sequence_id: str) -> bool:
         """Take a sequence out of the waiting ones; returns whether it was there."""
         for sequence in self.waiting:
@@ -129,12 +141,12 @@ class Scheduler:
         free = next((slot for slot in self.slots if slot.sequence is None), None)
         if free is None:
             return None
-        for sequence in self.waiting:
+        for sequence in self.queue() if len(self.waiting) > 1 else self.waiting:
             source, n_shared, pending = self._best_prefix(sequence)
             if pending > n_shared + COALESCE_TOKENS:
                 continue  # somebody computes a longer common prefix right now: come back when it is there
             if not self._fits(sequence, n_shared):
-                return None  # strictly in order: nobody overtakes a long prompt for ever
+                return None  # nobody overtakes whose turn it is, or a long prompt would wait for ever
             self.waiting.remove(sequence)
             return Admission(free, sequence, source, n_shared)
         return None
@@ -147,8 +159,20 @@ class Scheduler:
         """Free the slot."""
         slot.sequence, slot.tokens, slot.n_kv, slot.borrowed = None, [], 0, 0
 
+    def overdue(self) -> Slot | None:
+        """Return the slot that has to make room, when somebody who has less than their share finds no slot or no cells."""
+        if not self.waiting:
+            return None
+        now = time.perf_counter()
+        running = self._running_sequences()
+        first = self.fair.order(self.waiting, running, now)[0]
+        if len(running) < len(self.slots) and self._fits(first, 0):
+            return None
+        victim = self.fair.victim(first, running, now)
+        return self.find(victim.id) if victim else None
+
     def preempt(self) -> Slot | None:
-        """Return the youngest running slot, to be parked and queued again at the front; None when only one runs."""
+        """Return the youngest running slot, to be parked and queued again; None when only one runs."""
         running = self.running
         if len(running) < 2:
             return None
@@ -173,6 +197,9 @@ class Scheduler:
             chunks.append(Chunk(slot, slot.n_kv, slot.n_kv + n))
             room -= n
         return decoding, chunks
+
+    def _running_sequences(self) -> list[Sequence]:
+        return [slot.sequence for slot in self.slots if slot.sequence is not None]
 
     def _best_prefix(self, sequence: Sequence) -> tuple[Slot | None, int, int]:
         """Return the slot with the longest computed common prefix, its length, and the longest one still being computed."""

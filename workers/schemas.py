@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -13,6 +14,14 @@ Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGIT_BIAS = 1024
+
+
+class Lane(IntEnum):
+    """Whose work comes first when a model is busy."""
+
+    INTERACTIVE = 0
+    API = 1
+    BATCH = 2
 
 
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -46,12 +55,13 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """What is asked of a model: ``model`` is a key or an instance identifier."""
+    """What is asked of a model: ``model`` is a key or an instance identifier, ``lane`` its place when the model is busy."""
 
     model: Annotated[str, Meta(min_length=1, max_length=512)]
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=10_000)]
     sampling: SamplingParams = SamplingParams()
     template_kwargs: dict[str, Any] = {}
+    lane: Lane = Lane.API
 
 
 class LoadConfig(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

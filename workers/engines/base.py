@@ -25,6 +25,7 @@ class Sequence:
         shared_prefix: how many of them (the system prompt) may be shared between owners.
         sampling: how tokens are chosen; the seed is always set.
         limit: number of output tokens at most.
+        lane: ``workers.schemas.Lane``.
         output: tokens sampled so far, also those of an interrupted earlier run.
         cached: prompt tokens that came out of a cache.
     """
@@ -35,6 +36,7 @@ class Sequence:
     shared_prefix: int
     sampling: SamplingParams
     limit: int
+    lane: int = 0
     output: list[int] = field(default_factory=list)
     cached: int = 0
     submitted_at: float = field(default_factory=time.perf_counter)
@@ -91,6 +93,9 @@ class Engine(Protocol):
 
     def remove(self, sequence_id: str) -> None:
         """Take a sequence out, finished or not; its slot is free at once. Unknown ids are ignored."""
+
+    def queue(self) -> list[Sequence]:
+        """Return the waiting sequences in the order of their turns."""
 
     @property
     def has_work(self) -> bool:

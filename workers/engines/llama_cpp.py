@@ -83,7 +83,7 @@ class LlamaEngine:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self.scheduler.waiting.append(sequence)
+        self.scheduler.enqueue(sequence)
 
     def remove(self, sequence_id: str) -> None:
         """Take a sequence out; what it computed is parked for its next turn."""
@@ -103,7 +103,9 @@ class LlamaEngine:
 
     def step(self) -> StepResult:
         """Admit what fits, compute one batch and sample."""
-        while (admission := self.scheduler.next_admission()) is not None:
+        if (overdue := self.scheduler.overdue()) is not None:
+            self._preempt(overdue)
+        while self.scheduler.waiting and (admission := self.scheduler.next_admission()) is not None:
             self._admit(admission)
         decoding, chunks = self.scheduler.plan(self._pace.budget())
         n, outputs = self._fill(decoding, chunks)
@@ -122,9 +124,14 @@ class LlamaEngine:
             assert chunk.slot.sequence is not None
             chunk.slot.n_kv = chunk.end
             result.prefilled.append((chunk.slot.sequence, min(chunk.end, len(chunk.slot.sequence.prompt))))
+        self._charge(decoding, chunks, seconds)
         for slot, index in outputs:
             self._sample(slot, index, result)
         return result
+
+    def queue(self) -> list[Sequence]:
+        """Return the waiting sequences in the order of their turns."""
+        return self.scheduler.queue()
 
     def close(self) -> None:
         """Free everything."""
@@ -195,14 +202,30 @@ class LlamaEngine:
         slot.tokens.append(token)
         result.sampled.append((sequence, [token]))
 
+    def _preempt(self, slot: Slot) -> None:
+        """Park a running sequence and let it wait; it goes on where it was."""
+        sequence = slot.sequence
+        assert sequence is not None
+        self._vacate(slot)
+        self.scheduler.waiting.append(sequence)
+
+    def _charge(self, decoding: list[Slot], chunks: list[Chunk], seconds: float) -> None:
+        """Share the time of a step among those who took part: prompts by their tokens, the rest evenly among the decoding."""
+        prompt_seconds = seconds if not decoding else min(seconds, self._pace.per_prompt_token * sum(c.end - c.start for c in chunks))
+        total = sum(chunk.end - chunk.start for chunk in chunks) or 1
+        for chunk in chunks:
+            if chunk.slot.sequence:
+                self.scheduler.fair.charge(chunk.slot.sequence.owner, prompt_seconds * (chunk.end - chunk.start) / total)
+        for slot in decoding:
+            if slot.sequence:
+                self.scheduler.fair.charge(slot.sequence.owner, (seconds - prompt_seconds) / len(decoding))
+
     def _make_room(self) -> StepResult:
         """Handle a full KV cache: the youngest sequence is parked and waits at the front; a lone one fails."""
         result = StepResult()
         victim = self.scheduler.preempt()
-        if victim is not None and victim.sequence is not None:
-            sequence = victim.sequence
-            self._vacate(victim)
-            self.scheduler.waiting.appendleft(sequence)
+        if victim is not None:
+            self._preempt(victim)
             return result
         for slot in self.scheduler.running:
             if slot.sequence:
