@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -170,3 +171,28 @@ def test_generations_outlive_their_model(boss: Principal, model: InstalledModel)
     services.delete_model(principal=boss, model=model)
     done.refresh_from_db()
     assert (done.model, done.model_key) == (None, "a/micro")
+
+
+def test_two_imports_of_one_name_at_once(micro: Path, tmp_path: Path, models_dir: Path) -> None:
+    """Exactly one wins; the other one is told, and its file stays where it was."""
+    files = [shutil.copy(micro, tmp_path / f"{n}" / "same.gguf") for n in range(4) if (tmp_path / f"{n}").mkdir() is None]
+    barrier, outcomes = threading.Barrier(len(files)), []
+
+    def attempt(file: Path) -> None:
+        barrier.wait()
+        try:
+            outcomes.append(services.import_file(principal=None, source=file, user_repo="a/race").key)
+        except Conflict:
+            outcomes.append("conflict")
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=attempt, args=(file,)) for file in files]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["a/race", "conflict", "conflict", "conflict"]
+    assert sum(file.exists() for file in files) == len(files) - 1
+    assert InstalledModel.objects.get().file.is_file()
+    assert not list((models_dir / ".incoming").iterdir())
