@@ -87,7 +87,7 @@ def routes(api: NinjaAPI, render: Render) -> list[URLPattern]:
     """Return the API's routes; each answers a wrong method in the dialect's format too."""
     found: list[URLPattern] = []
     for pattern in api.urls[0]:
-        if isinstance(pattern, URLPattern):
+        if isinstance(pattern, URLPattern) and pattern.name != "api-root":
             pattern.callback = _with_rendered_405(pattern.callback, render)
             found.append(pattern)
     return found
