@@ -21,6 +21,7 @@ export class Composer {
     this.openChat(chatId);
     if (!this.text.value) this.text.value = sessionStorage.getItem(this.key) ?? "";
     this.changed();
+    if (!coarse.matches) this.text.focus(); // on a phone that would cover half the page with the keyboard
   }
 
   openChat(chatId) {

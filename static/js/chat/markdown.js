@@ -48,7 +48,10 @@ function clean(html) {
     link.target = "_blank";
     link.rel = "noreferrer noopener";
   }
-  for (const box of fragment.querySelectorAll("input")) box.disabled = true;
+  for (const box of fragment.querySelectorAll("input")) {
+    box.disabled = true;
+    box.setAttribute("aria-label", box.checked ? "done" : "to do");
+  }
   for (const table of fragment.querySelectorAll("table")) {
     const scroll = element("div", { class: "table-scroll", tabindex: "0" });
     table.replaceWith(scroll);

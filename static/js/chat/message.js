@@ -59,7 +59,7 @@ export class Question extends MessageView {
     this.state = element("span", { class: "tiny muted", role: "status" });
     const actions = element("div", { class: "actions" }, this.state, this.versionLinks(page.chatId), button("copy", "Copy message", () => copyText(this.text)));
     this.element.append(
-      element("h3", { class: "visually-hidden" }, "You"),
+      element("h2", { class: "visually-hidden" }, "You"),
       element("div", { class: "bubble", dir: "auto" }, this.text),
       element("footer", { class: "message-foot" }, actions),
     );
@@ -103,13 +103,13 @@ export class Answer extends MessageView {
     this.thoughtLabel = element("span");
     this.thought = element("div", { class: "md thought", dir: "auto" });
     this.thoughts = element("details", { class: "reasoning" }, element("summary", {}, icon("brain"), this.thoughtLabel, icon("chevron-down")), this.thought);
-    this.phaseText = element("span");
+    this.phaseText = element("span", { class: "grow" });
     this.phaseBar = element("progress", { max: "1", "aria-label": "Progress" });
     this.phaseBox = element("div", { class: "phase" }, element("span", { class: "spinner", "aria-hidden": "true" }), this.phaseText, this.phaseBar);
     this.failure = element("div", { class: "alert bad", role: "alert" });
     this.foot = element("footer", { class: "message-foot" });
     this.element.append(
-      element("h3", { class: "message-head tiny", dir: "auto" }, this.page.modelName(this.model) || "Answer"),
+      element("h2", { class: "message-head tiny", dir: "auto" }, this.page.modelName(this.model) || "Answer"),
       this.thoughts,
       this.phaseBox,
       this.body,
@@ -266,7 +266,7 @@ export class Answer extends MessageView {
 function queueText({ position, reason, eta_seconds: eta }) {
   const place = position > 0 ? `${position} ahead of you` : "You are next";
   const why = reason ? ` · ${reason}` : "";
-  return `${place}${why}${eta == null ? "" : ` · about ${seconds(Math.max(1, eta))}`}`;
+  return `${place}${why}${eta == null ? "" : ` · about ${Math.max(1, Math.round(eta))} s`}`;
 }
 
 function statsText(stats, status) {

@@ -118,7 +118,7 @@ export class Picker {
     ].filter(([, models]) => models.length);
     this.list.replaceChildren(
       ...groups.map(([label, models]) =>
-        element("section", { class: "picker-group" }, element("h3", {}, label), ...models.map((model) => this.row(model))),
+        element("section", { class: "picker-group" }, element("h2", {}, label), ...models.map((model) => this.row(model))),
       ),
     );
     if (!found.length) this.list.append(element("p", { class: "muted small picker-none" }, wanted ? "No model of this name." : "No model is installed yet."));
