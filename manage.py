@@ -45,8 +45,12 @@ def main(arguments: list[str]) -> int:
     arguments = take_data_dir(arguments)
     command = arguments[0]
 
-    from lmweb import bootstrap
+    from lmweb import bootstrap, env
 
+    try:
+        env.check()
+    except ValueError as error:
+        sys.exit(str(error))
     bootstrap.enter(REPOSITORY, dev=command in {"test", "lint"})
     if command in {"up", "worker"}:
         from lmweb.supervisor.main import run

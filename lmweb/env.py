@@ -76,6 +76,15 @@ def items(name: str) -> list[str]:
     return [item.strip() for item in text(name).split(",") if item.strip()]
 
 
+def check() -> None:
+    """Raise ``ValueError`` with a sentence for the first variable whose value is not of its default's kind."""
+    for variable in VARIABLES.values():
+        if variable.default.isdigit():
+            number(variable.name)
+        elif variable.default in {"true", "false"}:
+            flag(variable.name)
+
+
 def data_dir() -> Path:
     """Return the absolute data directory; it need not exist yet."""
     configured = text("LMWEB_DATA_DIR")

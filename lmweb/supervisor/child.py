@@ -35,14 +35,18 @@ class Log:
         self._handle = path.open("ab")
 
     def write(self, line: bytes) -> None:
-        """Append one line."""
+        """Append one line. A full disk loses lines; it must not stop the reading, or the process would block on its output."""
+        self.tail.append(line.decode(errors="replace").rstrip())
+        with contextlib.suppress(OSError):
+            self._append(line)
+
+    def _append(self, line: bytes) -> None:
         if self._handle.tell() > LOG_BYTES:
             self._handle.close()
             self.path.replace(self.path.with_suffix(".log.1"))
             self._handle = self.path.open("ab")
         self._handle.write(line)
         self._handle.flush()
-        self.tail.append(line.decode(errors="replace").rstrip())
 
 
 class Child:
@@ -111,7 +115,7 @@ class Child:
             if time.monotonic() - started > STEADY_SECONDS:
                 delay = FIRST_DELAY_SECONDS
             self._failed_starts += 1
-            if not self._ever_ready and self._failed_starts >= MAX_FAILED_STARTS:
+            if self.service.essential and not self._ever_ready and self._failed_starts >= MAX_FAILED_STARTS:
                 return
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             self._report(f"{self.service.name} {how}; starting it again in {delay:.1f} s (log: {self._log.path})")

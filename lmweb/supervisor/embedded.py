@@ -61,6 +61,7 @@ class Service:
         environment: variables on top of the supervisor's own.
         cwd: its working directory; None takes one that every user may enter.
         pass_fds: descriptors that it inherits.
+        essential: whether the start fails when it cannot be started; else it is tried for as long as it takes.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Service:
     environment: dict[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     pass_fds: tuple[int, ...] = ()
+    essential: bool = True
 
 
 def package_dir(name: str) -> Path:

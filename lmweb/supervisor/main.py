@@ -361,7 +361,10 @@ class Supervisor:
         given = {name for name in ("database_url", "redis_url") if env.text(name.upper())}
         facts = {name: value for name, value in self._facts.items() if name not in given}
         facts["processes"] = {child.service.name: child.pid for child in self._children if child.pid}
-        discovery.write(self.data_dir, facts)
+        try:
+            discovery.write(self.data_dir, facts)
+        except OSError as error:  # a full disk must not end what runs
+            say(f"  {error}")
 
     def _interrupt(self, number: int) -> None:
         if self._stop.is_set() and number == signal.SIGINT:

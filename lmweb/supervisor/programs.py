@@ -107,6 +107,7 @@ def _celery(name: str, queue: str, hostname: str, *, threads: int) -> Service:
         stop_seconds=10.0,
         environment=_ENVIRONMENT,
         cwd=REPOSITORY,
+        essential=False,
     )
 
 

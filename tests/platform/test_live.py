@@ -89,3 +89,35 @@ def test_killed_supervisor_takes_everything_along_and_starts_again(fresh_live):
         assert time.monotonic() < deadline, processes_of(fresh_live.data_dir)
         time.sleep(0.1)
     fresh_live.start()
+
+
+def test_second_ctrl_c_ends_everything_at_once(fresh_live):
+    fresh_live.kill("gpu-worker", signal.SIGSTOP)
+    fresh_live.supervisor.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert fresh_live.supervisor.poll() is None, "it waits for the worker that does not answer"
+    began = time.monotonic()
+    fresh_live.supervisor.send_signal(signal.SIGINT)
+    fresh_live.supervisor.wait(10)
+    assert time.monotonic() - began < 5
+    assert processes_of(fresh_live.data_dir) == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("LMWEB_PORT", "many"), ("LMWEB_DEBUG", "perhaps")])
+def test_wrong_variable_is_a_sentence(tmp_path, name, value):
+    environment = clean_environment(LMWEB_DATA_DIR=str(tmp_path)) | {name: value}
+    for command in ("up", "check"):
+        line = [sys.executable, str(REPOSITORY / "manage.py"), command]
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=20, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"{name} must be")
+
+
+def test_password_is_not_on_psqls_command_line():
+    from lmweb.supervisor import database
+
+    url, password = database._without_password("postgresql://me:p%40ss@db.example.org:5432/lmweb?sslmode=require")
+    assert url == "postgresql://me@db.example.org:5432/lmweb?sslmode=require"
+    assert password == "p@ss"
+    socket_url = "postgresql://lmweb@/lmweb?host=%2Ftmp%2Fx"
+    assert database._without_password(socket_url) == (socket_url, "")

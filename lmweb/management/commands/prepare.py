@@ -34,8 +34,9 @@ class Command(BaseCommand):
             connection.ensure_connection()
         except OperationalError as error:
             raise CommandError(f"The database cannot be reached: {error}") from error
+        self._reach_redis()
         if options["check"]:
-            self._check()
+            self._compare_migrations()
             return
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_advisory_lock(%s)", [_LOCK])
@@ -48,13 +49,15 @@ class Command(BaseCommand):
             path = reverse("set-up", args=[setup.issue_setup_token()])
             self.stdout.write(f"Set-up link: {options['base_url'].rstrip('/')}{path}")
 
-    def _check(self) -> None:
+    def _reach_redis(self) -> None:
         import redis
 
         try:
             redis.Redis.from_url(settings.REDIS_URL, socket_timeout=10, socket_connect_timeout=10).ping()
         except (redis.RedisError, OSError) as error:
             raise CommandError(f"Redis cannot be reached: {error}") from error
+
+    def _compare_migrations(self) -> None:
         executor = MigrationExecutor(connection)
         missing = executor.migration_plan(executor.loader.graph.leaf_nodes())
         if missing:
