@@ -47,9 +47,9 @@ class Hand:
 async def hand(count: int = 1) -> Hand:
     """Wait for the newest generation and take it over."""
     for _ in range(500):
-        newest = await run_db(Generation.objects.order_by("-created_at").first)
-        if newest and await run_db(Generation.objects.count) >= count:
-            return Hand(newest)
+        rows = await run_db(list, Generation.objects.order_by("-created_at"))
+        if len(rows) >= count:
+            return Hand(rows[0])
         await asyncio.sleep(0.01)
     raise AssertionError("no generation was started")
 

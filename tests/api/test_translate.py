@@ -1,0 +1,136 @@
+"""OpenAI's format into ours and back, as tables."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+
+import msgspec
+import pytest
+
+from api.openai.translate import UNSUPPORTED, ChunkTranslator, error_response, finish_reason, parse_request, to_generation_request
+from lmweb import errors
+from workers.events import ChatEnd, Error, ErrorInfo, MessageDelta, Result, Snapshot, Stats
+from workers.schemas import request_from_builtins, request_to_builtins
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def translated(**body: Any) -> dict[str, Any]:
+    request = to_generation_request(parse_request(json.dumps({"model": "m", "messages": HI} | body).encode()))
+    stored = request_to_builtins(request)
+    assert request_from_builtins(stored) == request  # what the row keeps is what was asked
+    return stored
+
+
+@pytest.mark.parametrize(
+    ("body", "sampling"),
+    [
+        ({}, {}),
+        ({"temperature": None, "stop": None, "max_tokens": None}, {}),
+        ({"temperature": 0, "top_p": 1}, {"temperature": 0.0, "top_p": 1.0}),
+        ({"max_tokens": 5}, {"max_tokens": 5}),
+        ({"max_completion_tokens": 6}, {"max_tokens": 6}),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, {"max_tokens": 6}),
+        ({"max_tokens": -1}, {}),
+        ({"stop": "a"}, {"stop": ["a"]}),
+        ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
+        ({"stop": []}, {}),
+        ({"logit_bias": {"12": -100, "3": 1.5}}, {"logit_bias": {"12": -100.0, "3": 1.5}}),
+        ({"top_k": 5, "min_p": 0.1, "repeat_penalty": 1.5}, {"top_k": 5, "min_p": 0.1, "repeat_penalty": 1.5}),
+        ({"presence_penalty": -2, "frequency_penalty": 2, "seed": -1}, {"presence_penalty": -2.0, "frequency_penalty": 2.0, "seed": -1}),
+        ({"ignore_eos": True}, {"ignore_eos": True}),
+    ],
+)
+def test_sampling(body: dict[str, Any], sampling: dict[str, Any]) -> None:
+    assert translated(**body).get("sampling", {}) == sampling
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"role": "system", "content": "x"}, {"role": "system", "content": "x"}),
+        ({"role": "developer", "content": "x"}, {"role": "developer", "content": "x"}),
+        ({"role": "assistant", "content": "x", "tool_calls": None, "refusal": None}, {"role": "assistant", "content": "x"}),
+        ({"role": "user", "content": "", "name": "ada"}, {"role": "user", "content": ""}),
+        ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {"role": "user", "content": "a\nb"}),
+        ({"role": "user", "content": "\U0001f600 \u05d0"}, {"role": "user", "content": "\U0001f600 \u05d0"}),
+    ],
+)
+def test_messages(message: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert translated(messages=[message])["messages"] == [expected]
+
+
+def test_template_variables() -> None:
+    assert translated(chat_template_kwargs={"enable_thinking": True})["template_kwargs"] == {"enable_thinking": True}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("value", [7, "x", {"type": "x"}, ["x"], True])
+def test_what_is_not_supported_is_never_ignored(name: str, value: Any) -> None:
+    with pytest.raises(errors.InvalidRequest) as caught:
+        translated(**{name: value})
+    assert caught.value.param == name
+    assert f"'{name}'" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("stop_reason", "expected"),
+    [
+        ("eosFound", "stop"),
+        ("stopStringFound", "stop"),
+        ("userStopped", "stop"),
+        ("maxPredictedTokensReached", "length"),
+        ("contextLengthReached", "length"),
+    ],
+)
+def test_finish_reasons(stop_reason: str, expected: str) -> None:
+    assert finish_reason(Stats(stop_reason=stop_reason)) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (errors.InvalidRequest("x"), "invalid_request_error"),
+        (errors.PayloadTooLarge("x"), "invalid_request_error"),
+        (errors.NotAuthenticated("x"), "authentication_error"),
+        (errors.PermissionDenied("x"), "permission_error"),
+        (errors.ModelNotFound("x"), "not_found_error"),
+        (errors.ServiceUnavailable("x"), "server_error"),
+        (errors.LmwebError("x"), "server_error"),
+    ],
+)
+def test_error_types(error: errors.LmwebError, kind: str) -> None:
+    assert error_response(error).error.type == kind
+
+
+def deltas(*events: Any) -> list[Any]:
+    translator = ChunkTranslator(uuid.uuid4(), "m", include_usage=False)
+    chunks = [chunk for event in events for chunk in translator.chunks(event)]
+    return [msgspec.to_builtins(chunk.choices[0].delta) for chunk in chunks]
+
+
+ROLE = {"role": "assistant", "content": ""}
+END = ChatEnd(result=Result(model_instance_id="m", output=[], stats=Stats()))
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ([END], [ROLE, {}]),
+        ([MessageDelta(content="")], []),
+        ([MessageDelta(content="a"), Snapshot(content="a")], [ROLE, {"content": "a"}]),
+        ([MessageDelta(content="a"), Snapshot(content="ab")], [ROLE, {"content": "a"}, {"content": "b"}]),
+        ([Snapshot(content="ab", reasoning="r"), END], [ROLE, {"reasoning_content": "r"}, {"content": "ab"}, {}]),
+        ([MessageDelta(content="a"), Error(error=ErrorInfo(code="x", message="y")), END], [ROLE, {"content": "a"}]),
+    ],
+)
+def test_chunks(events: list[Any], expected: list[Any]) -> None:
+    assert deltas(*events) == expected
+
+
+@pytest.mark.parametrize("snapshot", [Snapshot(content="b"), Snapshot(content="")])
+def test_text_that_was_sent_cannot_be_taken_back(snapshot: Snapshot) -> None:
+    with pytest.raises(errors.GenerationInterrupted):
+        deltas(MessageDelta(content="a"), snapshot)
