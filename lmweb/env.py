@@ -41,7 +41,9 @@ VARIABLES: dict[str, Variable] = {
             "LMWEB_CONTEXT_LENGTH", "8192", "Context length in tokens of a model that is loaded without one, at most the model's own."
         ),
         Variable("LMWEB_MAX_UPLOAD_GB", "200", "Largest model file that may be uploaded in the browser, in gigabytes."),
-        Variable("LMWEB_GPU", "", "What llama.cpp is compiled for: cpu, cuda, metal, vulkan or rocm. Empty keeps what is there, at first cpu."),
+        Variable(
+            "LMWEB_GPU", "", "What llama.cpp is compiled for: cpu, cuda, metal, vulkan or rocm. Empty keeps what is there, at first cpu."
+        ),
         Variable("CMAKE_ARGS", "", "Further options for compiling llama.cpp. Empty keeps those of the last time."),
         Variable("LMWEB_STEP_LOG", "true", "Keep a bounded log of every engine step under logs/ in the data directory."),
     )
