@@ -82,10 +82,25 @@ class MessageStart(Event, tag="message.start"):
     """The answer begins."""
 
 
+class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A token that was possible: its text, its bytes (a token may be part of a character) and its natural log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob, frozen=True, kw_only=True):
+    """A token that was chosen, with the likeliest alternatives."""
+
+    top_logprobs: list[TopLogprob] = []
+
+
 class MessageDelta(Event, tag="message.delta"):
-    """More text of the answer."""
+    """More text of the answer; ``logprobs`` only if they were asked for."""
 
     content: str
+    logprobs: list[TokenLogprob] = []
 
 
 class MessageEnd(Event, tag="message.end"):

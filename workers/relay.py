@@ -96,7 +96,7 @@ def _merged(events: list[AnyEvent]) -> list[AnyEvent]:
     for event in events:
         last = merged[-1] if merged else None
         if isinstance(event, MessageDelta) and isinstance(last, MessageDelta):
-            merged[-1] = MessageDelta(content=last.content + event.content)
+            merged[-1] = MessageDelta(content=last.content + event.content, logprobs=last.logprobs + event.logprobs)
         elif isinstance(event, ReasoningDelta) and isinstance(last, ReasoningDelta):
             merged[-1] = ReasoningDelta(content=last.content + event.content)
         else:

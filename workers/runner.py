@@ -7,6 +7,7 @@ the host does. Nothing else may run in this process: one busy thread beside the 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import select
@@ -18,18 +19,31 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
 from lmweb.errors import ContextLengthExceeded, InvalidRequest, LmwebError, ModelLoadFailed
+from workers.constraints import Constraint
 from workers.engines import registry
-from workers.engines.base import Engine, Sequence, StepResult
-from workers.events import AnyEvent, ErrorInfo, PromptProcessingEnd, PromptProcessingProgress, PromptProcessingStart, QueueUpdate, Stats
+from workers.engines.base import Engine, Logprob, Sampled, Sequence, StepResult
+from workers.events import (
+    AnyEvent,
+    ErrorInfo,
+    PromptProcessingEnd,
+    PromptProcessingProgress,
+    PromptProcessingStart,
+    QueueUpdate,
+    Stats,
+    TokenLogprob,
+    TopLogprob,
+)
 from workers.parsing.output import OutputParser, replay
 from workers.protocol import Cancel, Channel, HostMessage, Load, Loaded, LoadFailed, LoadProgress, Output, Shutdown, Step, Submit
-from workers.schemas import ChatMessage
+from workers.schemas import ChatMessage, GenerationRequest
 from workers.templates import ChatTemplate
+
+logger = logging.getLogger(__name__)
 
 #: Prompts that take several steps report their progress.
 PROGRESS_MIN_TOKENS = 256
@@ -84,6 +98,10 @@ class Runner:
         except LmwebError as error:
             info = ErrorInfo(code=error.code, message=error.message, param=error.param, details=error.details)
             return Output(generation_id=message.generation_id, error=info, stats=Stats(stop_reason="failed"))
+        except Exception:  # one request that breaks a library must not end everybody's generation
+            logger.exception("generation %s could not be prepared", message.generation_id)
+            info = ErrorInfo(code=LmwebError.code, message="The request could not be prepared. The runner's log says more.")
+            return Output(generation_id=message.generation_id, error=info, stats=Stats(stop_reason="failed"))
         if job.parser.stopped or len(job.sequence.output) >= job.sequence.limit:
             reason = "stopStringFound" if job.parser.stopped else self._limit_reason(job)
             return Output(generation_id=message.generation_id, events=job.parser.finish(), stats=job.stats(reason))
@@ -108,9 +126,10 @@ class Runner:
             if events:
                 outputs[sequence.id] = (events, [])
         finished: dict[str, tuple[Stats, ErrorInfo | None]] = {}
-        for sequence, tokens in result.sampled:
+        for sampled in result.sampled:
+            sequence = sampled.sequence
             events, kept = outputs.setdefault(sequence.id, ([], []))
-            reason = self._take_tokens(self.jobs[sequence.id], tokens, events, kept)
+            reason = self._take_tokens(self.jobs[sequence.id], sampled, events, kept)
             if reason:
                 finished[sequence.id] = (self._end(sequence.id, events, reason), None)
         for sequence, text in result.failed:
@@ -146,7 +165,8 @@ class Runner:
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(31))
         room = info.context_length - len(prompt)
-        parser = OutputParser(sampling.stop, starts_reasoning=prompt_text.rstrip("\n").endswith("<think>"))
+        starts_reasoning = prompt_text.rstrip("\n").endswith("<think>")
+        parser = OutputParser(sampling.stop, starts_reasoning=starts_reasoning)
         replay(parser, message.output_tokens, self.engine.piece)
         sequence = Sequence(
             id=message.generation_id,
@@ -157,8 +177,24 @@ class Runner:
             limit=min(sampling.max_tokens or room, room),
             lane=request.lane,
             output=list(message.output_tokens),
+            constraint=self._constraint(request, message.output_tokens, starts_reasoning=starts_reasoning),
+            top_logprobs=request.top_logprobs,
         )
         return Job(sequence, parser, resumed_tokens=len(message.output_tokens), prompt_done=bool(message.output_tokens))
+
+    def _constraint(self, request: GenerationRequest, output: list[int], *, starts_reasoning: bool) -> Constraint | None:
+        """Return the request's constraint, brought to where an interrupted answer stopped."""
+        if request.output_format is None:
+            return None
+        constraint = self.engine.make_constraint(request.output_format)
+        parser = OutputParser([], starts_reasoning=starts_reasoning)
+        constraint.active = not parser.is_reasoning
+        for token in output:
+            if constraint.active:
+                constraint.accept(token)
+            parser.feed(self.engine.piece(token))
+            constraint.active = not parser.is_reasoning
+        return constraint
 
     def _shared_tokens(self, messages: list[ChatMessage], prompt: list[int]) -> int:
         """Return how many tokens of the prompt come from the system prompt, which different people may share."""
@@ -194,19 +230,34 @@ class Runner:
             events.append(PromptProcessingEnd())
         return events
 
-    def _take_tokens(self, job: Job, tokens: list[int], events: list[AnyEvent], kept: list[int]) -> str:
+    def _take_tokens(self, job: Job, sampled: Sampled, events: list[AnyEvent], kept: list[int]) -> str:
         """Turn tokens into events; returns the stop reason once the generation is over."""
         if job.first_token_at is None:
             job.first_token_at = time.perf_counter()
-        for token in tokens:
+        constraint = job.sequence.constraint
+        for i, token in enumerate(sampled.tokens):
             if self.engine.is_end(token) and not job.sequence.sampling.ignore_eos:
                 job.sequence.output.pop()
                 return "eosFound"
             kept.append(token)
+            if sampled.logprobs:
+                job.parser.note_logprob(self._describe(sampled.logprobs[i]))
             events += job.parser.feed(self.engine.piece(token))
             if job.parser.stopped:
                 return "stopStringFound"
+            if constraint is not None:
+                if constraint.is_complete:
+                    return "eosFound"
+                constraint.active = not job.parser.is_reasoning
         return self._limit_reason(job) if len(job.sequence.output) >= job.sequence.limit else ""
+
+    def _describe(self, logprob: Logprob) -> TokenLogprob:
+        top = [TopLogprob(**self._token_text(token), logprob=round(value, 6)) for token, value in logprob.top]
+        return TokenLogprob(**self._token_text(logprob.token), logprob=round(logprob.logprob, 6), top_logprobs=top)
+
+    def _token_text(self, token: int) -> dict[str, Any]:
+        piece = self.engine.piece(token)
+        return {"token": piece.decode("utf-8", "replace"), "bytes": list(piece)}
 
     def _limit_reason(self, job: Job) -> str:
         asked = job.sequence.sampling.max_tokens

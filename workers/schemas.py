@@ -16,6 +16,10 @@ MAX_STOP_LENGTH = 256
 MAX_LOGIT_BIAS = 1024
 
 
+MAX_FORMAT_CHARACTERS = 256 * 1024
+MAX_TOP_LOGPROBS = 20
+
+
 class Lane(IntEnum):
     """Whose work comes first when a model is busy."""
 
@@ -54,13 +58,26 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     ignore_eos: bool = False
 
 
+class OutputFormat(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What the answer must look like. ``value`` is the JSON schema as JSON text, the regular expression, or the grammar (GBNF or Lark)."""
+
+    kind: Literal["json_object", "json_schema", "regex", "grammar"]
+    value: Annotated[str, Meta(max_length=MAX_FORMAT_CHARACTERS)] = ""
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """What is asked of a model: ``model`` is a key or an instance identifier, ``lane`` its place when the model is busy."""
+    """What is asked of a model.
+
+    ``model`` is a key or an instance identifier. ``top_logprobs`` asks for the log-probability of each token and of that many
+    alternatives (None: of none). ``lane`` is the request's place when the model is busy.
+    """
 
     model: Annotated[str, Meta(min_length=1, max_length=512)]
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=10_000)]
     sampling: SamplingParams = SamplingParams()
     template_kwargs: dict[str, Any] = {}
+    output_format: OutputFormat | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     lane: Lane = Lane.API
 
 

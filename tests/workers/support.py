@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from django.conf import settings
 
@@ -55,10 +56,17 @@ class Bench:
         return InstalledModel.objects.create(key=key, path=str(file), **{**values, **fields})
 
     def create(
-        self, model: InstalledModel, text: str, *, sampling: SamplingParams = GREEDY, messages: list[ChatMessage] | None = None
+        self,
+        model: InstalledModel,
+        text: str,
+        *,
+        sampling: SamplingParams = GREEDY,
+        messages: list[ChatMessage] | None = None,
+        **fields: Any,
     ) -> Generation:
-        """Make a queued generation."""
-        request = GenerationRequest(model=model.key, messages=messages or [ChatMessage(role="user", content=text)], sampling=sampling)
+        """Make a queued generation; further fields are those of ``GenerationRequest``."""
+        messages = messages or [ChatMessage(role="user", content=text)]
+        request = GenerationRequest(model=model.key, messages=messages, sampling=sampling, **fields)
         return Generation.objects.create(
             user=self.principal.user,
             source="test",

@@ -70,7 +70,7 @@ def finish(engine: LlamaEngine, *sequences: Sequence) -> list[list[int]]:
     for _ in range(5000):
         if not engine.has_work:
             return [item.output for item in sequences]
-        for item, _tokens in engine.step().sampled:
+        for item, *_ in engine.step().sampled:
             if len(item.output) >= item.limit:
                 engine.remove(item.id)
     raise AssertionError("the engine does not come to an end")
@@ -140,7 +140,7 @@ def test_newcomers_wait_for_a_prefix_that_is_being_computed(micro: Path) -> None
     while engine.has_work:
         result = engine.step()
         prompt_tokens += result.prefill_tokens
-        for item, _ in result.sampled:
+        for item, *_ in result.sampled:
             if len(item.output) >= item.limit:
                 engine.remove(item.id)
     assert prompt_tokens < 2 * len(items[0].prompt), "the common prefix is computed once"

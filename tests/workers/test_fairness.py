@@ -87,7 +87,7 @@ def test_a_newcomer_does_not_wait_for_somebody_elses_long_streams(tmp_path: Path
     assert len(short.output) >= 3
     engine.remove("short")
     while engine.has_work:
-        for sequence, _tokens in engine.step().sampled:
+        for sequence, *_ in engine.step().sampled:
             if len(sequence.output) >= sequence.limit:
                 engine.remove(sequence.id)
     assert [len(sequence.output) for sequence in long] == [300] * len(long), "who was interrupted still gets everything"

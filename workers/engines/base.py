@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from workers.schemas import LoadConfig, SamplingParams
+from workers.constraints import Constraint
+from workers.schemas import LoadConfig, OutputFormat, SamplingParams
 
 
 @dataclass(slots=True)
@@ -27,6 +28,8 @@ class Sequence:
         limit: number of output tokens at most.
         lane: ``workers.schemas.Lane``.
         output: tokens sampled so far, also those of an interrupted earlier run.
+        constraint: what the answer must look like, if anything.
+        top_logprobs: how many alternatives to report per token; None reports nothing.
         cached: prompt tokens that came out of a cache.
     """
 
@@ -38,6 +41,8 @@ class Sequence:
     limit: int
     lane: int = 0
     output: list[int] = field(default_factory=list)
+    constraint: Constraint | None = None
+    top_logprobs: int | None = None
     cached: int = 0
     submitted_at: float = field(default_factory=time.perf_counter)
 
@@ -62,11 +67,27 @@ class EngineInfo:
     eos_text: str
 
 
+class Logprob(NamedTuple):
+    """A sampled token's natural log-probability, and the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Sampled(NamedTuple):
+    """New tokens of a sequence; ``logprobs`` as many, if they were asked for."""
+
+    sequence: Sequence
+    tokens: list[int]
+    logprobs: list[Logprob]
+
+
 @dataclass(slots=True)
 class StepResult:
     """What one step did: new tokens per sequence, prompt progress per sequence (tokens done), and counts for the step log."""
 
-    sampled: list[tuple[Sequence, list[int]]] = field(default_factory=list)
+    sampled: list[Sampled] = field(default_factory=list)
     prefilled: list[tuple[Sequence, int]] = field(default_factory=list)
     failed: list[tuple[Sequence, str]] = field(default_factory=list)
     decode_sequences: int = 0
@@ -87,6 +108,9 @@ class Engine(Protocol):
 
     def is_end(self, token: int) -> bool:
         """Return whether the token ends a generation."""
+
+    def make_constraint(self, wanted: OutputFormat) -> Constraint:
+        """Compile a response format. Raises ``InvalidRequest`` if that is not possible."""
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. It is admitted, perhaps after others, in one of the next steps."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import llama_cpp.llama_cpp as C
 import numpy as np
+from llguidance import LLTokenizer
+from llguidance.llamacpp import lltokenizer_from_vocab
 from numpy.typing import NDArray
 
 from lmweb.errors import ModelLoadFailed
@@ -100,6 +102,11 @@ class Model:
             return ""
         text = C.llama_vocab_get_text(self.vocab, token)
         return text.decode("utf-8", "replace") if text else ""
+
+    def grammar_tokenizer(self) -> LLTokenizer:
+        """Return the vocabulary in the form that constraints need; takes up to a second for 150,000 tokens."""
+        ends = [token for token in range(self.vocab_size) if C.llama_vocab_is_eog(self.vocab, token)]
+        return lltokenizer_from_vocab(self.vocab, eos_token=ends or None)
 
     def close(self) -> None:
         """Free the weights."""

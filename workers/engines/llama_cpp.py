@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from workers.engines.base import EngineInfo, Sequence, StepResult
+from workers.constraints import Constraint, ConstraintFactory
+from workers.engines.base import EngineInfo, Logprob, Sampled, Sequence, StepResult
 from workers.engines.kv_park import MIN_TOKENS, KvPark, Parked
 from workers.engines.llama_context import Context, Model
-from workers.engines.llama_sampling import TokenSampler
+from workers.engines.llama_sampling import TokenSampler, likeliest, log_probabilities
 from workers.scheduler import Admission, Chunk, Scheduler, Slot
-from workers.schemas import LoadConfig
+from workers.schemas import LoadConfig, OutputFormat
 
 import llama_cpp.llama_cpp as C  # isort: skip
 
@@ -63,6 +64,7 @@ class LlamaEngine:
     park: KvPark
     _samplers: dict[str, TokenSampler] = field(default_factory=dict)
     _pieces: dict[int, bytes] = field(default_factory=dict)
+    _constraints: ConstraintFactory | None = None
     _pace: _Pace = field(default_factory=_Pace)
 
     def tokenize(self, text: str, *, add_bos: bool) -> list[int]:
@@ -80,6 +82,12 @@ class LlamaEngine:
     def is_end(self, token: int) -> bool:
         """Return whether the token ends a generation."""
         return bool(C.llama_vocab_is_eog(self.model.vocab, token))
+
+    def make_constraint(self, wanted: OutputFormat) -> Constraint:
+        """Compile a response format."""
+        if self._constraints is None:  # takes up to a second for a large vocabulary, so not before somebody asks
+            self._constraints = ConstraintFactory(self.model.grammar_tokenizer())
+        return self._constraints.make(wanted)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -197,10 +205,13 @@ class LlamaEngine:
     def _sample(self, slot: Slot, index: int, result: StepResult) -> None:
         sequence = slot.sequence
         assert sequence is not None
-        token = self._samplers[sequence.id].sample(self.context.logits(index), self.context.handle, index)
+        logits = self.context.logits(index)
+        before = log_probabilities(logits) if sequence.top_logprobs is not None else None
+        token = self._samplers[sequence.id].sample(logits, self.context.handle, index, sequence.constraint)
         sequence.output.append(token)
         slot.tokens.append(token)
-        result.sampled.append((sequence, [token]))
+        report = [] if before is None else [Logprob(token, float(before[token]), likeliest(before, sequence.top_logprobs or 0))]
+        result.sampled.append(Sampled(sequence, [token], report))
 
     def _preempt(self, slot: Slot) -> None:
         """Park a running sequence and let it wait; it goes on where it was."""

@@ -15,6 +15,7 @@ import llama_cpp.llama_cpp as C
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.constraints import Constraint
 from workers.schemas import SamplingParams
 
 #: How many last tokens the penalties look at, as in llama.cpp and LM Studio.
@@ -40,13 +41,18 @@ class TokenSampler:
         self._bias = np.fromiter(valid.values(), np.float32, len(valid))
         self._chain: Any = None if params.temperature <= 0 else self._make_chain(drawn)
 
-    def sample(self, logits: NDArray[np.float32], context: Any, index: int) -> int:
+    def sample(self, logits: NDArray[np.float32], context: Any, index: int, constraint: Constraint | None = None) -> int:
         """Return the next token of batch entry ``index``, whose logits are given (and changed)."""
         if self._bias_tokens.size:
             logits[self._bias_tokens] += self._bias
         if self._penalises and self._recent:
             self._apply_penalties(logits)
+        limited = constraint is not None and constraint.active
+        if limited and constraint is not None and (self._chain is not None or not constraint.allows(int(logits.argmax()))):
+            constraint.mask(logits)
         token = int(logits.argmax()) if self._chain is None else int(C.llama_sampler_sample(self._chain, context, index))
+        if limited and constraint is not None:
+            constraint.accept(token)
         self._recent.append(token)
         return token
 
@@ -82,6 +88,21 @@ class TokenSampler:
         if self._chain is not None:
             C.llama_sampler_free(self._chain)
             self._chain = None
+
+
+def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the log-softmax of a row."""
+    shifted: NDArray[np.float32] = logits - logits.max()
+    shifted -= np.log(np.exp(shifted).sum())
+    return shifted
+
+
+def likeliest(logprobs: NDArray[np.float32], n: int) -> list[tuple[int, float]]:
+    """Return the ``n`` likeliest tokens with their log-probabilities, best first."""
+    if not n:
+        return []
+    best = np.argpartition(logprobs, -n)[-n:]
+    return [(int(token), float(logprobs[token])) for token in best[np.argsort(-logprobs[best])]]
 
 
 def _skip_draws(dist: Any, n: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable
 
-from workers.events import AnyEvent, MessageDelta, MessageEnd, MessageStart, ReasoningDelta, ReasoningEnd, ReasoningStart
+from workers.events import AnyEvent, MessageDelta, MessageEnd, MessageStart, ReasoningDelta, ReasoningEnd, ReasoningStart, TokenLogprob
 from workers.parsing.reasoning import ReasoningSplitter
 from workers.parsing.stops import StopScanner
 
@@ -18,12 +18,23 @@ class OutputParser:
         self._stops = StopScanner(stops)
         self._splitter = ReasoningSplitter(inside=starts_reasoning)
         self._open = ""
+        self._logprobs: list[TokenLogprob] = []
         self.reasoning_tokens = 0
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string was written."""
         return self._stops.found
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the model is thinking at the moment."""
+        return self._splitter.is_reasoning
+
+    def note_logprob(self, logprob: TokenLogprob) -> None:
+        """Keep a token's log-probability for the next piece of the answer."""
+        if not self.is_reasoning:
+            self._logprobs.append(logprob)
 
     def feed(self, piece: bytes) -> list[AnyEvent]:
         """Take one token's bytes and return the events that are certain now."""
@@ -59,7 +70,8 @@ class OutputParser:
                 events.append(ReasoningEnd())
             if self._open != "message":
                 events.append(MessageStart())
-            events.append(MessageDelta(content=answer))
+            logprobs, self._logprobs = self._logprobs, []
+            events.append(MessageDelta(content=answer, logprobs=logprobs))
             self._open = "message"
         return events
 
