@@ -16,8 +16,8 @@ export class Conversation {
     this.views = new Map();
     this.following = true;
     for (const message of messages) this.append(message);
+    if (older) this.watchTop(); // first: it takes room above the messages
     this.watchScrolling();
-    if (older) this.watchTop();
   }
 
   get last() {

@@ -80,6 +80,19 @@ export function render(text) {
   return clean(marked.parse(normalise(text)));
 }
 
+// The beginning of a line that may yet continue the block before it: "2" becomes "2. next item".
+const MARKER = /^\s*(?:\d{1,9}[.)]?|[-*+>|#=_~`]{1,3})$/;
+
+/** Return the index of the first token that later text may still change. */
+function firstOpen(tokens) {
+  const block = (index) => {
+    while (index > 0 && tokens[index].type === "space") index--;
+    return index;
+  };
+  const last = block(tokens.length - 1);
+  return last > 0 && MARKER.test(tokens[last].raw) ? block(last - 1) : last;
+}
+
 /** Renders a text that grows: finished blocks are made once and stay; only the last, open block is made again. */
 export class GrowingMarkdown {
   constructor(container) {
@@ -98,8 +111,7 @@ export class GrowingMarkdown {
   update(text) {
     const source = normalise(text);
     const tokens = marked.lexer(source.slice(this.done));
-    let open = tokens.length - 1;
-    while (open > 0 && tokens[open].type === "space") open--;
+    const open = firstOpen(tokens);
     if (open > 0) {
       const finished = tokens.splice(0, open);
       this.clearTail();

@@ -40,7 +40,8 @@ export class Picker {
   }
 
   open() {
-    this.menu.togglePopover();
+    this.menu.showPopover();
+    this.search.focus(); // at once: the toggle event comes later, and what is typed by then belongs here
   }
 
   toggled(open) {
