@@ -3,6 +3,7 @@
 import { csrfToken } from "./base.js";
 
 const RETRY_MS = [500, 1000, 2000, 4000, 8000];
+const STALL_MS = 60_000; // a piece that moves no further for so long is sent again
 
 /** A refusal by the server, with its words. */
 export class Refused extends Error {
@@ -96,7 +97,22 @@ export class Upload extends EventTarget {
       request.open(method, url);
       request.setRequestHeader("X-CSRFToken", csrfToken());
       if (body) request.setRequestHeader("Content-Type", type);
-      if (onProgress) request.upload.onprogress = (event) => onProgress(event.loaded);
+      if (onProgress) {
+        let watch;
+        const moved = () => {
+          clearTimeout(watch);
+          watch = setTimeout(() => {
+            reject(new Error("The connection does not move.")); // before the abort, which would count as cancelled
+            request.abort();
+          }, STALL_MS);
+        };
+        request.upload.onprogress = (event) => {
+          moved();
+          onProgress(event.loaded);
+        };
+        request.onloadend = () => clearTimeout(watch);
+        moved();
+      }
       request.onerror = () => reject(new Error("The server cannot be reached."));
       request.onabort = () => reject(new DOMException("cancelled", "AbortError"));
       request.onload = () => {

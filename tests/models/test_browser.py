@@ -13,7 +13,7 @@ from tests.live import PASSWORD, Live
 from tests.micro_models import make_micro
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page, Route
+    from playwright.sync_api import Browser, Page, Route
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGUMENTS = [
@@ -27,21 +27,32 @@ ARGUMENTS = [
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
-@pytest.fixture
-def page(live: Live) -> Iterator[Page]:
+@pytest.fixture(scope="module")
+def browser(live: Live) -> Iterator[Browser]:
+    """Start a browser; the models that the tests made with it are gone afterwards, for the installation is shared."""
     from playwright.sync_api import sync_playwright
 
-    live.create_admin()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.goto(f"{live.base_url}/sign-in?next=/models/")
-        page.fill("[name=username]", "admin")
-        page.fill("[name=password]", PASSWORD)
-        page.click("button.primary")
-        page.wait_for_selector("#model-list")
-        yield page
+        yield browser
         browser.close()
+    live.python(
+        "from models_app import services\nfrom models_app.models import InstalledModel\n"
+        "for model in InstalledModel.objects.filter(publisher='page-test'):\n    services.delete_model(principal=None, model=model)"
+    )
+
+
+@pytest.fixture
+def page(live: Live, browser: Browser) -> Iterator[Page]:
+    live.create_admin()
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.goto(f"{live.base_url}/sign-in?next=/models/")
+    page.fill("[name=username]", "admin")
+    page.fill("[name=password]", PASSWORD)
+    page.click("button.primary")
+    page.wait_for_selector("#model-list")
+    yield page
+    page.context.close()
 
 
 def row(page: Page, key: str) -> str:
@@ -54,27 +65,27 @@ def test_import_load_unload_delete(page: Page, live: Live, tmp_path: Path) -> No
     page.set_input_files("#import-file", file)
     assert page.input_value("#import-publisher") == "local"
     assert page.input_value("#import-repo") == "Demo"
-    page.fill("#import-publisher", "team")
+    page.fill("#import-publisher", "page-test")
     page.click("#import-start")
-    page.wait_for_selector(row(page, "team/demo"))
-    assert live.rows("SELECT path FROM models_app_installedmodel WHERE key = 'team/demo'") == [("team/Demo/Demo-F32.gguf",)]
+    page.wait_for_selector(row(page, "page-test/demo"))
+    assert live.rows("SELECT path FROM models_app_installedmodel WHERE key = 'page-test/demo'") == [("page-test/Demo/Demo-F32.gguf",)]
 
     page.click("button[aria-label='Load Demo']")
-    page.wait_for_selector(f"{row(page, 'team/demo')} .badge.good")
-    page.click("button[aria-label='Unload team/demo']")
+    page.wait_for_selector(f"{row(page, 'page-test/demo')} .badge.good")
+    page.click("button[aria-label='Unload page-test/demo']")
     page.wait_for_selector("button[aria-label='Load Demo']")
 
     page.click("button[aria-label='Load Demo with options']")
     page.fill("#id_context_length", "256")
     page.fill("#id_identifier", "small-demo")
     page.click("#load-dialog button.primary")
-    page.wait_for_selector(f"{row(page, 'team/demo')} .badge.good")
+    page.wait_for_selector(f"{row(page, 'page-test/demo')} .badge.good")
     assert live.rows("SELECT status FROM models_app_modelinstance WHERE identifier = 'small-demo'") == [("ready",)]
 
     page.click("button[aria-label='Delete Demo']")
     page.click("dialog[open] .danger")
-    page.wait_for_selector(row(page, "team/demo"), state="detached")
-    assert not (live.data_dir / "models" / "team").exists()
+    page.wait_for_selector(row(page, "page-test/demo"), state="detached")
+    assert not (live.data_dir / "models" / "page-test").exists()
 
 
 def test_lost_connection_and_taken_name_lose_nothing(page: Page, live: Live, tmp_path: Path) -> None:
@@ -93,15 +104,15 @@ def test_lost_connection_and_taken_name_lose_nothing(page: Page, live: Live, tmp
     page.route("**/models/uploads/**", flaky)
     page.click("#import-open")
     page.set_input_files("#import-file", file)
-    page.fill("#import-publisher", "lmweb")
+    page.fill("#import-publisher", "page-test")
     page.fill("#import-repo", "..")
     page.click("#import-start")
-    page.wait_for_selector("#import-error:not([hidden])")
+    page.wait_for_selector("#import-error:not([hidden])", timeout=90_000)
     assert not failures  # both losses were survived before the name was refused
     page.fill("#import-repo", "Large")
     page.click("#import-start")
-    page.wait_for_selector(row(page, "lmweb/large"))
-    stored = live.data_dir / "models" / "lmweb" / "Large" / "Large-F32.gguf"
+    page.wait_for_selector(row(page, "page-test/large"))
+    stored = live.data_dir / "models" / "page-test" / "Large" / "Large-F32.gguf"
     assert stored.read_bytes() == file.read_bytes()
     assert not list((live.data_dir / "models" / ".uploads").iterdir())
 
@@ -130,8 +141,8 @@ def test_page_fits_its_window(page: Page, width: int) -> None:
 
 def test_other_tabs_see_changes_by_themselves(page: Page, live: Live, tmp_path: Path) -> None:
     file = make_micro(tmp_path / "Elsewhere.gguf", name="Elsewhere")
-    live.manage("import_model", str(file), "--user-repo", "team/elsewhere")
-    page.wait_for_selector(row(page, "team/elsewhere"), timeout=15_000)
+    live.manage("import_model", str(file), "--user-repo", "page-test/elsewhere")
+    page.wait_for_selector(row(page, "page-test/elsewhere"), timeout=15_000)
 
 
 def test_keyboard_alone(page: Page) -> None:
