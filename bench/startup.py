@@ -98,9 +98,14 @@ def measure(cold: bool) -> list[str]:
         if cold:
             repository = Path(folder) / "clone"
             subprocess.run(["git", "clone", "-q", str(REPOSITORY), str(repository)], check=True)
+            os.environ |= {"PIP_NO_CACHE_DIR": "1", "UV_NO_CACHE": "1"}
+            before = os.times()
             running = start(shutil.which("python3") or "python3", repository, Path(folder) / "first")
             lines.append(f"| fresh clone, no environment, to the set-up page | {running.seconds / 60:.1f} min |")
             stop(running)
+            after = os.times()
+            spent = after.children_user + after.children_system - before.children_user - before.children_system
+            lines.append(f"| of which processor time, all cores together | {spent / 60:.1f} min |")
             python = str(repository / ".venv" / "bin" / "python")
             lines.append(f"| the environment on disk | {size(repository / '.venv') / 1e6:.0f} MB |")
         data_dir = Path(folder) / "data"

@@ -9,7 +9,7 @@ from pathlib import Path
 from lmweb.supervisor.programs import REPOSITORY
 
 _SOURCES = ("static", "models_app/starter", "requirements", "lmweb/migrations", "workers/migrations", "models_app/migrations")
-_MORE_SOURCES = ("chat/migrations", "lmweb/management/commands", "pyproject.toml")
+_MORE_SOURCES = ("chat/migrations", "lmweb/management/commands", "lmweb/settings.py", "lmweb/storage.py", "pyproject.toml")
 
 
 def fingerprint(*facts: str) -> str:

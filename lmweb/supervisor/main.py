@@ -192,8 +192,11 @@ class Supervisor:
         web, gpu, io = self._add(programs.web(self._listener)), self._add(self._gpu_worker()), self._add(programs.io_worker(self.node))
         for child in (web, gpu, io):
             child.start()
+        began = time.monotonic()
         await web.wait_ready(START_SECONDS)
+        say(f"  web         ready after {time.monotonic() - began:.1f} s")
         await self._wait_for_worker(gpu)
+        say(f"  gpu-worker  {'ready' if gpu.ready.is_set() else 'waited for'} after {time.monotonic() - began:.1f} s")
 
     async def _start_services(self) -> None:
         """Start the embedded services that no URL replaces, both at once."""
