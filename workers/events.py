@@ -50,6 +50,13 @@ class ModelLoadEnd(Event, tag="model_load.end"):
     load_time_seconds: float
 
 
+class ContextOverflow(Event, tag="context.overflow"):
+    """The conversation did not fit: so many of its messages are not seen by the model, by this policy."""
+
+    policy: str
+    dropped_messages: int
+
+
 class PromptProcessingStart(Event, tag="prompt_processing.start"):
     """Prefill begins."""
 
@@ -167,7 +174,7 @@ class ChatEnd(Event, tag="chat.end"):
 
 
 AnyEvent = (
-    ChatStart | QueueUpdate | ModelLoadStart | ModelLoadProgress | ModelLoadEnd | PromptProcessingStart | PromptProcessingProgress
+    ChatStart | QueueUpdate | ModelLoadStart | ModelLoadProgress | ModelLoadEnd | ContextOverflow | PromptProcessingStart | PromptProcessingProgress
     | PromptProcessingEnd | ReasoningStart | ReasoningDelta | ReasoningEnd | MessageStart | MessageDelta | MessageEnd | Snapshot
     | Error | ChatEnd
 )  # fmt: skip

@@ -29,6 +29,7 @@ from workers.engines import registry
 from workers.engines.base import Engine, Logprob, Sampled, Sequence, StepResult
 from workers.events import (
     AnyEvent,
+    ContextOverflow,
     ErrorInfo,
     PromptProcessingEnd,
     PromptProcessingProgress,
@@ -38,6 +39,7 @@ from workers.events import (
     TokenLogprob,
     TopLogprob,
 )
+from workers.overflow import room_for_answer, shorten
 from workers.parsing.output import OutputParser, replay
 from workers.protocol import Cancel, Channel, HostMessage, Load, Loaded, LoadFailed, LoadProgress, Output, Shutdown, Step, Submit
 from workers.schemas import ChatMessage, GenerationRequest
@@ -59,6 +61,7 @@ class Job:
     parser: OutputParser
     resumed_tokens: int
     prompt_done: bool
+    dropped_messages: int = 0
     prompt_announced: bool = False
     first_token_at: float | None = None
 
@@ -92,7 +95,7 @@ class Runner:
         self._queue = QueueReport(engine.info.parallel)
 
     def submit(self, message: Submit) -> Output | None:
-        """Start a generation; returns its only output if it ends at once (refused, or complete already)."""
+        """Start a generation; returns what is to be said at once: that it was refused, is complete already, or was shortened."""
         try:
             job = self._prepare(message)
         except LmwebError as error:
@@ -107,7 +110,10 @@ class Runner:
             return Output(generation_id=message.generation_id, events=job.parser.finish(), stats=job.stats(reason))
         self.jobs[message.generation_id] = job
         self.engine.add(job.sequence)
-        return None
+        if not job.dropped_messages or message.output_tokens:
+            return None
+        overflow = ContextOverflow(policy=message.request.context_overflow, dropped_messages=job.dropped_messages)
+        return Output(generation_id=message.generation_id, events=[overflow])
 
     def cancel(self, message: Cancel) -> Output | None:
         """End a generation; returns its last output, or None if it is not running here."""
@@ -150,8 +156,7 @@ class Runner:
 
     def _prepare(self, message: Submit) -> Job:
         request, info = message.request, self.engine.info
-        prompt_text = self._template.render(request.messages, variables=request.template_kwargs)
-        prompt = self.engine.tokenize(prompt_text, add_bos=not (info.bos_text and prompt_text.startswith(info.bos_text)))
+        messages, prompt_text, prompt = self._fit(request)
         if not prompt:
             raise InvalidRequest("The prompt is empty.", param="messages")
         if len(prompt) >= info.context_length:
@@ -180,7 +185,30 @@ class Runner:
             constraint=self._constraint(request, message.output_tokens, starts_reasoning=starts_reasoning),
             top_logprobs=request.top_logprobs,
         )
-        return Job(sequence, parser, resumed_tokens=len(message.output_tokens), prompt_done=bool(message.output_tokens))
+        return Job(
+            sequence,
+            parser,
+            resumed_tokens=len(message.output_tokens),
+            prompt_done=bool(message.output_tokens),
+            dropped_messages=len(request.messages) - len(messages),
+        )
+
+    def _fit(self, request: GenerationRequest) -> tuple[list[ChatMessage], str, list[int]]:
+        """Return the messages that the model gets, with their prompt as text and tokens; too long only if nothing may be left out."""
+        text, prompt = self._render(request, request.messages)
+        context_length = self.engine.info.context_length
+        if len(prompt) < context_length or request.context_overflow == "stopAtLimit":
+            return request.messages, text, prompt
+        limit = context_length - room_for_answer(context_length, request.sampling.max_tokens)
+        shortened = shorten(request.messages, request.context_overflow, lambda kept: len(self._render(request, kept)[1]) <= limit)
+        if shortened is None:
+            return request.messages, text, prompt
+        return shortened[0], *self._render(request, shortened[0])
+
+    def _render(self, request: GenerationRequest, messages: list[ChatMessage]) -> tuple[str, list[int]]:
+        text = self._template.render(messages, variables=request.template_kwargs)
+        bos = self.engine.info.bos_text
+        return text, self.engine.tokenize(text, add_bos=not (bos and text.startswith(bos)))
 
     def _constraint(self, request: GenerationRequest, output: list[int], *, starts_reasoning: bool) -> Constraint | None:
         """Return the request's constraint, brought to where an interrupted answer stopped."""

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+OverflowPolicy = Literal["stopAtLimit", "truncateMiddle", "rollingWindow"]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 MAX_STOP_STRINGS = 16
@@ -68,7 +69,7 @@ class OutputFormat(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """What is asked of a model.
 
-    ``model`` is a key or an instance identifier. ``top_logprobs`` asks for the log-probability of each token and of that many
+    ``model`` is a key or an instance identifier. ``context_overflow`` says what becomes of messages that do not fit. ``top_logprobs`` asks for the log-probability of each token and of that many
     alternatives (None: of none). ``lane`` is the request's place when the model is busy.
     """
 
@@ -76,6 +77,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=10_000)]
     sampling: SamplingParams = SamplingParams()
     template_kwargs: dict[str, Any] = {}
+    context_overflow: OverflowPolicy = "stopAtLimit"
     output_format: OutputFormat | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     lane: Lane = Lane.API
