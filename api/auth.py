@@ -34,6 +34,14 @@ async def authenticate(request: HttpRequest) -> Principal:
     return await run_db(authenticate_token, secret_of(request))
 
 
+async def carries_secret(request: HttpRequest) -> bool:
+    """Refuse a request without a token, and leave its check to the route, which does it in the same visit to the database as its work.
+
+    Raises ``NotAuthenticated``.
+    """
+    return bool(secret_of(request))
+
+
 def principal_of(request: HttpRequest) -> Principal:
     """Return who was authenticated for this request."""
     return cast("Principal", request.auth)  # type: ignore[attr-defined]

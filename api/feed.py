@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from django.db.utils import DatabaseError
 
 from lmweb.access import Principal
 from lmweb.db import run_db
 from lmweb.errors import LmwebError
-from models_app.generations import cancel_generation, start_generation, watch
+from models_app.generations import cancel_generation, watch
 from models_app.models import Generation
 from workers.events import AnyEvent, decode_events
-from workers.schemas import GenerationRequest
 from workers.stream import Entry
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,18 @@ logger = logging.getLogger(__name__)
 CANCEL_ATTEMPTS = 5
 
 _background: set[asyncio.Task[None]] = set()
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Begun(Generic[T]):
+    """A generation that was started, for whom, and the dialect's request that asked for it."""
+
+    principal: Principal
+    generation: Generation
+    request: T
 
 
 class Feed:
@@ -37,21 +49,18 @@ class Feed:
         self._ended = False
 
     @classmethod
-    async def start(cls, principal: Principal, request: GenerationRequest, source: str) -> Feed:
-        """Start a generation. Raises what ``start_generation`` raises.
+    async def start(cls, begin: Callable[[uuid.UUID], Begun[T]]) -> tuple[Feed, T]:
+        """Start a generation with ``begin``, which runs in a database thread and is given the generation's id.
 
-        The database thread cannot be interrupted: if the client goes away while it writes the row, the row is cancelled
-        afterwards under the id that was chosen here.
+        That thread cannot be interrupted: if the client goes away while it writes the row, the row is cancelled afterwards.
         """
-        generation_id = uuid.uuid4()
-        starting = asyncio.ensure_future(
-            run_db(start_generation, principal=principal, request=request, source=source, generation_id=generation_id)
-        )
+        starting = asyncio.ensure_future(run_db(begin, uuid.uuid4()))
         try:
-            return cls(principal, await asyncio.shield(starting))
+            begun = await asyncio.shield(starting)
         except asyncio.CancelledError:
-            _in_background(_cancel(principal, generation_id, starting))
+            _in_background(_cancel_begun(starting))
             raise
+        return cls(begun.principal, begun.generation), begun.request
 
     async def events(self, timeout_seconds: float | None = None) -> list[AnyEvent] | None:
         """Return the events of the next step; None if nothing came in time; an empty list after the end."""
@@ -82,13 +91,17 @@ async def _following(entries: AsyncIterator[Entry]) -> Entry:
     return await anext(entries)
 
 
-async def _cancel(principal: Principal, generation_id: uuid.UUID, starting: asyncio.Future[Generation] | None = None) -> None:
+async def _cancel_begun(starting: asyncio.Future[Begun[Any]]) -> None:
+    """Cancel what was begun for a client that has gone, if it began at all."""
+    try:
+        begun = await starting
+    except (LmwebError, DatabaseError):
+        return
+    await _cancel(begun.principal, begun.generation.pk)
+
+
+async def _cancel(principal: Principal, generation_id: uuid.UUID) -> None:
     """Cancel a generation whose client has gone; nobody is left to tell of errors but the log."""
-    if starting:
-        try:
-            await starting
-        except (LmwebError, DatabaseError):
-            return  # it never began
     for attempt in range(CANCEL_ATTEMPTS):
         await asyncio.sleep(attempt)
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 
 import msgspec
 from django.http import HttpRequest, HttpResponse
@@ -11,14 +13,14 @@ from django.http.response import HttpResponseBase
 from ninja import Router
 
 from api import sse
-from api.auth import principal_of
-from api.feed import Feed
+from api.auth import carries_secret, principal_of, secret_of
+from api.feed import Begun, Feed
 from api.openai import translate
 from api.openai.schemas import ChatCompletionRequest, Model, ModelList
-from lmweb.access import Action, Principal, require
+from lmweb.access import Action, Principal, authenticate_token, require
 from lmweb.db import run_db
 from lmweb.errors import GenerationInterrupted, InvalidRequest, LmwebError
-from models_app.generations import resolve_model
+from models_app.generations import resolve_model, start_generation
 from models_app.models import InstalledModel, ModelInstance
 from workers.events import (
     AnyEvent,
@@ -60,11 +62,14 @@ async def get_model(request: HttpRequest, model_id: str) -> HttpResponse:
     return json_response(await run_db(_visible_model, principal_of(request), model_id))
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", auth=carries_secret)
 async def chat_completions(request: HttpRequest) -> HttpResponseBase:
-    """Answer a conversation, as a stream or at once. A closed connection cancels the generation."""
-    body = translate.parse_request(_json_body(request))
-    feed = await Feed.start(principal_of(request), translate.to_generation_request(body), "openai")
+    """Answer a conversation, as a stream or at once. A closed connection cancels the generation.
+
+    Time to the first token counts here, so all work before it that needs the database is one visit to a database thread;
+    authentication comes first in it.
+    """
+    feed, body = await Feed.start(partial(_begin, request))
     if body.stream:
         return await _stream(feed, body)
     try:
@@ -72,6 +77,16 @@ async def chat_completions(request: HttpRequest) -> HttpResponseBase:
     finally:
         feed.close()
     return json_response(translate.completion(feed.generation.pk, feed.generation.model_key, end))
+
+
+def _begin(request: HttpRequest, generation_id: uuid.UUID) -> Begun[ChatCompletionRequest]:
+    """Authenticate, parse and start."""
+    principal = authenticate_token(secret_of(request))
+    body = translate.parse_request(_json_body(request))
+    generation = start_generation(
+        principal=principal, request=translate.to_generation_request(body), source="openai", generation_id=generation_id
+    )
+    return Begun(principal, generation, body)
 
 
 def _visible_models(principal: Principal) -> list[Model]:

@@ -200,7 +200,7 @@ async def test_a_client_that_leaves_during_the_start_leaves_nothing_running(toke
         time.sleep(0.3)
         return generations.start_generation(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("api.feed.start_generation", slow)
+    monkeypatch.setattr("api.openai.routes.start_generation", slow)
     request = begin(token)
     await asyncio.sleep(0.15)
     await request.leave()
