@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
 import redis.asyncio
 from django.conf import settings
-from django.db import transaction
+from django.db import IntegrityError, transaction
 from django.db.models.functions import Lower
 from django.db.utils import DatabaseError
 from django.utils import timezone
@@ -56,7 +57,7 @@ def start_generation(
     model = resolve_model(principal, request.model)
     node = dispatch.choose_node(model.pk)
     alone = not transaction.get_connection().in_atomic_block
-    with transaction.atomic():
+    with _model_still_there(request.model), transaction.atomic():
         if alone:  # nothing that a person typed hangs on it, so the first token need not wait for the disk
             with transaction.get_connection().cursor() as cursor:
                 cursor.execute("SET LOCAL synchronous_commit TO off")
@@ -74,6 +75,15 @@ def start_generation(
         if node:
             transaction.on_commit(lambda: dispatch.send(dispatch.GENERATE, node.name, str(generation.id)))
     return generation
+
+
+@contextmanager
+def _model_still_there(name: str) -> Iterator[None]:
+    """Turn the loss of a race against the model's deletion into ``ModelNotFound``."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise ModelNotFound(f"The model '{name}' was deleted just now.", param="model") from error
 
 
 def cancel_generation(*, principal: Principal, generation_id: uuid.UUID | str) -> None:

@@ -28,10 +28,16 @@ class _Log:
 
     def _write(self, level: int, text: bytes, _data: Any) -> None:
         if level == GGML_LOG_LEVEL_ERROR:
-            self.errors = [*self.errors[-4:], text.decode("utf-8", "replace").strip()]
+            self.errors = [*self.errors, text.decode("utf-8", "replace").strip()][:8]
 
-    def last(self) -> str:
-        return self.errors[-1] if self.errors else "the engine gave no reason"
+    def reason(self) -> str:
+        """Return the first complaint since ``clear``: later ones only say that the caller gave up."""
+        if not self.errors:
+            return "the engine gave no reason"
+        return self.errors[0].removeprefix("llama_model_load:").strip().removeprefix("error loading model:").strip()
+
+    def clear(self) -> None:
+        self.errors = []
 
 
 _log = _Log()
@@ -44,6 +50,7 @@ class Model:
         """Load the file. Raises ``ModelLoadFailed`` with the engine's own reason."""
         C.llama_log_set(_log.callback, ctypes.c_void_p(0))
         C.llama_backend_init()
+        _log.clear()
         params = C.llama_model_default_params()
         params.n_gpu_layers = gpu_layers if gpu_layers >= 0 else 999_999
 
@@ -55,7 +62,7 @@ class Model:
         params.progress_callback = self._progress
         self.handle = C.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
-            raise ModelLoadFailed(f"llama.cpp could not load the model: {_log.last()}")
+            raise ModelLoadFailed(f"llama.cpp could not load the model: {_log.reason()}")
         self.vocab = C.llama_model_get_vocab(self.handle)
         self.vocab_size = C.llama_vocab_n_tokens(self.vocab)
         self.trained_context = C.llama_model_n_ctx_train(self.handle)
@@ -125,9 +132,10 @@ class Context:
         params.n_threads = params.n_threads_batch = threads
         params.kv_unified, params.swa_full, params.no_perf = True, True, True
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
+        _log.clear()
         self.handle = C.llama_init_from_model(model.handle, params)
         if not self.handle:
-            raise ModelLoadFailed(f"llama.cpp could not create a context of {cells} tokens: {_log.last()}")
+            raise ModelLoadFailed(f"llama.cpp could not create a context of {cells} tokens: {_log.reason()}")
         self._vocab_size = model.vocab_size
         self._memory = C.llama_get_memory(self.handle)
         self.tokens = np.zeros(batch_tokens, np.int32)
@@ -154,9 +162,10 @@ class Context:
         Raises ``RuntimeError`` for a fatal engine error.
         """
         self._batch.n_tokens = n
+        _log.clear()
         code: int = C.llama_decode(self.handle, self._batch)
         if code not in {0, 1}:
-            raise RuntimeError(f"llama_decode returned {code}: {_log.last()}")
+            raise RuntimeError(f"llama_decode returned {code}: {_log.reason()}")
         return code
 
     def logits(self, index: int) -> NDArray[np.float32]:
