@@ -70,6 +70,8 @@ def test_set_up_chat_import_stream_reload_second_tab_stop(context: BrowserContex
     page.get_by_role("link", name="Chat", exact=True).click()
     page.keyboard.press("Control+l")
     page.locator(".picker-row[data-key='test/slow']").click()
+    page.locator(".bar [data-toggle-panel]").click()
+    page.get_by_label("Temperature").fill("0")  # greedily, this model never ends by itself
     composer = page.get_by_label("Message", exact=True)
     composer.fill("time year people")
     composer.press("Enter")
