@@ -42,7 +42,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     ``temperature`` 0 is greedy. ``top_k`` 0 turns top-k off, ``top_p`` 1 and ``min_p`` 0 likewise; ``repeat_penalty`` 1 and
     ``presence_penalty``/``frequency_penalty`` 0 turn the penalties off. ``seed`` None draws one. ``logit_bias`` maps token ids to
     an additive bias. ``max_tokens`` None means up to the end of the context. ``ignore_eos`` keeps generating past
-    end-of-sequence (for measuring).
+    end-of-sequence (for measuring). The rest are llama.cpp's further samplers, off by default: locally typical sampling, XTC
+    ("exclude top choices"), DRY (against repeated passages) and Mirostat, which takes the place of top-k, top-p and their like.
     """
 
     temperature: Annotated[float, Meta(ge=0.0, le=5.0)] = 0.8
@@ -57,6 +58,15 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     max_tokens: Annotated[int, Meta(ge=1, le=10_000_000)] | None = None
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]], Meta(max_length=MAX_STOP_STRINGS)] = []
     ignore_eos: bool = False
+    typical_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    xtc_probability: Fraction = 0.0
+    xtc_threshold: Annotated[float, Meta(ge=0.0, le=0.5)] = 0.1
+    dry_multiplier: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
+    dry_base: Annotated[float, Meta(ge=1.0, le=10.0)] = 1.75
+    dry_allowed_length: Annotated[int, Meta(ge=1, le=1024)] = 2
+    mirostat: Literal[0, 1, 2] = 0
+    mirostat_tau: Annotated[float, Meta(gt=0.0, le=100.0)] = 5.0
+    mirostat_eta: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.1
 
 
 class OutputFormat(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

@@ -187,3 +187,22 @@ def test_logit_bias_forbids_and_forces(engine: LlamaEngine, micro: Path) -> None
     )
     assert first not in outputs[0]
     assert outputs[1] == [77, 77, 77]
+
+
+@pytest.mark.parametrize(
+    "extra", [{"typical_p": 0.5}, {"xtc_probability": 1.0, "xtc_threshold": 0.01}, {"mirostat": 1}, {"mirostat": 2, "mirostat_tau": 2.0}]
+)
+def test_further_samplers_are_reproducible_and_do_something(engine: LlamaEngine, micro: Path, extra: dict[str, float]) -> None:
+    sampling = SamplingParams(temperature=0.9, seed=4, repeat_penalty=1.0, **extra)
+    output = finish(engine, sequence(engine, "x", "time year", sampling=sampling))[0]
+    assert output == alone(micro, "time year", sampling=sampling)
+    assert output != alone(micro, "time year", sampling=SamplingParams(temperature=0.9, seed=4, repeat_penalty=1.0))
+
+
+def test_dry_breaks_a_repeated_passage(engine: LlamaEngine) -> None:
+    outputs = []
+    for multiplier in (0.0, 80.0):
+        sampling = SamplingParams(temperature=0.0, repeat_penalty=1.0, seed=1, logit_bias={77: 40.0}, dry_multiplier=multiplier)
+        outputs.append(finish(engine, sequence(engine, f"d{multiplier}", "time year", sampling=sampling, limit=12))[0])
+    assert set(outputs[0]) == {77}
+    assert len(set(outputs[1])) > 1

@@ -161,9 +161,7 @@ class LlamaEngine:
             sequence.cached = min(n_kv, len(sequence.prompt))
         self.scheduler.occupy(slot, sequence, n_kv, borrowed=borrowed)
         if sequence.id not in self._samplers:
-            self._samplers[sequence.id] = TokenSampler(
-                sequence.sampling, self.model.vocab_size, sequence.tokens, drawn=len(sequence.output)
-            )
+            self._samplers[sequence.id] = TokenSampler(sequence.sampling, self.model, sequence.tokens, drawn=len(sequence.output))
 
     def _restore(self, slot: Slot, parked: Parked, n: int) -> int:
         """Load a parked state cut to ``n`` tokens; returns how many tokens are there then."""

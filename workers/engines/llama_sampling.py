@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter, deque
+from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp.llama_cpp as C
@@ -16,12 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.constraints import Constraint
+from workers.engines.llama_context import Model
 from workers.schemas import SamplingParams
 
 #: How many last tokens the penalties look at, as in llama.cpp and LM Studio.
 PENALTY_WINDOW = 64
 #: Stands in for "no top-k".
 WIDE_TOP_K = 1024
+#: What DRY looks back on, and what ends a passage for it (llama.cpp's defaults).
+DRY_WINDOW = 1024
+DRY_BREAKERS = (b"\n", b":", b'"', b"*")
+_TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 _RANDOM_SEED = 0xFFFFFFFF  # llama.cpp draws a seed of its own for this one
 
 
@@ -32,14 +38,16 @@ class TokenSampler:
     are skipped so that a resumed run goes on exactly where it stopped.
     """
 
-    def __init__(self, params: SamplingParams, vocab_size: int, history: list[int], *, drawn: int = 0) -> None:
+    def __init__(self, params: SamplingParams, model: Model, history: list[int], *, drawn: int = 0) -> None:
+        vocab_size = model.vocab_size
         self._params = params
         self._recent: deque[int] = deque(history[-PENALTY_WINDOW:], maxlen=PENALTY_WINDOW)
         self._penalises = params.repeat_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         valid = {token: bias for token, bias in params.logit_bias.items() if 0 <= token < vocab_size}
         self._bias_tokens = np.fromiter(valid.keys(), np.int64, len(valid))
         self._bias = np.fromiter(valid.values(), np.float32, len(valid))
-        self._chain: Any = None if params.temperature <= 0 else self._make_chain(drawn)
+        self._dry: Any = _make_dry(params, model, history)
+        self._chain: Any = None if params.temperature <= 0 else self._make_chain(model, drawn)
 
     def sample(self, logits: NDArray[np.float32], context: Any, index: int, constraint: Constraint | None = None) -> int:
         """Return the next token of batch entry ``index``, whose logits are given (and changed)."""
@@ -47,12 +55,16 @@ class TokenSampler:
             logits[self._bias_tokens] += self._bias
         if self._penalises and self._recent:
             self._apply_penalties(logits)
+        if self._dry is not None:
+            _apply_in_place(self._dry, logits)
         limited = constraint is not None and constraint.active
         if limited and constraint is not None and (self._chain is not None or not constraint.allows(int(logits.argmax()))):
             constraint.mask(logits)
         token = int(logits.argmax()) if self._chain is None else int(C.llama_sampler_sample(self._chain, context, index))
         if limited and constraint is not None:
             constraint.accept(token)
+        if self._dry is not None:
+            C.llama_sampler_accept(self._dry, token)
         self._recent.append(token)
         return token
 
@@ -66,28 +78,72 @@ class TokenSampler:
         row = np.where(row <= 0, row * repeat, row / repeat)
         logits[tokens] = row - seen * np.float32(self._params.frequency_penalty) - np.float32(self._params.presence_penalty)
 
-    def _make_chain(self, drawn: int) -> Any:
+    def _make_chain(self, model: Model, drawn: int) -> Any:
         params = self._params
+        seed = (params.seed or 0) & 0xFFFFFFFF
+        seed -= seed == _RANDOM_SEED
         settings = C.llama_sampler_chain_default_params()
         settings.no_perf = True
         chain = C.llama_sampler_chain_init(settings)
-        C.llama_sampler_chain_add(chain, C.llama_sampler_init_top_k(min(params.top_k, WIDE_TOP_K) or WIDE_TOP_K))
-        if params.top_p < 1.0:
-            C.llama_sampler_chain_add(chain, C.llama_sampler_init_top_p(params.top_p, 1))
-        if params.min_p > 0.0:
-            C.llama_sampler_chain_add(chain, C.llama_sampler_init_min_p(params.min_p, 1))
-        C.llama_sampler_chain_add(chain, C.llama_sampler_init_temp(params.temperature))
-        seed = (params.seed or 0) & 0xFFFFFFFF
-        dist = C.llama_sampler_init_dist(seed if seed != _RANDOM_SEED else seed - 1)
-        _skip_draws(dist, drawn)
-        C.llama_sampler_chain_add(chain, dist)
+        for sampler in self._mirostat(model, seed) if params.mirostat else self._truncation(seed, drawn):
+            C.llama_sampler_chain_add(chain, sampler)
         return chain
 
+    def _truncation(self, seed: int, drawn: int) -> Iterator[Any]:
+        """Yield the usual chain, in llama.cpp's order."""
+        params = self._params
+        yield C.llama_sampler_init_top_k(min(params.top_k, WIDE_TOP_K) or WIDE_TOP_K)
+        if params.typical_p < 1.0:
+            yield C.llama_sampler_init_typical(params.typical_p, 1)
+        if params.top_p < 1.0:
+            yield C.llama_sampler_init_top_p(params.top_p, 1)
+        if params.min_p > 0.0:
+            yield C.llama_sampler_init_min_p(params.min_p, 1)
+        if params.xtc_probability > 0.0:
+            yield C.llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, seed)
+        yield C.llama_sampler_init_temp(params.temperature)
+        dist = C.llama_sampler_init_dist(seed)
+        _skip_draws(dist, drawn)
+        yield dist
+
+    def _mirostat(self, model: Model, seed: int) -> Iterator[Any]:
+        params = self._params
+        yield C.llama_sampler_init_temp(params.temperature)
+        if params.mirostat == 1:
+            yield C.llama_sampler_init_mirostat(model.vocab_size, seed, params.mirostat_tau, params.mirostat_eta, 100)
+        else:
+            yield C.llama_sampler_init_mirostat_v2(seed, params.mirostat_tau, params.mirostat_eta)
+
     def close(self) -> None:
-        """Free the chain."""
-        if self._chain is not None:
-            C.llama_sampler_free(self._chain)
-            self._chain = None
+        """Free the samplers."""
+        for sampler in (self._chain, self._dry):
+            if sampler is not None:
+                C.llama_sampler_free(sampler)
+        self._chain = self._dry = None
+
+
+def _make_dry(params: SamplingParams, model: Model, history: list[int]) -> Any:
+    """Return the DRY sampler with its memory of the prompt, or None if it is off."""
+    if params.dry_multiplier <= 0.0:
+        return None
+    breakers = (ctypes.c_char_p * len(DRY_BREAKERS))(*DRY_BREAKERS)
+    dry = C.llama_sampler_init_dry(
+        model.vocab, params.dry_multiplier, params.dry_base, params.dry_allowed_length, DRY_WINDOW, breakers, len(DRY_BREAKERS)
+    )
+    for token in history[-DRY_WINDOW:]:
+        C.llama_sampler_accept(dry, token)
+    return dry
+
+
+def _apply_in_place(sampler: Any, logits: NDArray[np.float32]) -> None:
+    """Let a sampler that changes logits work on a row."""
+    data = np.zeros(logits.size, dtype=_TOKEN_DATA)
+    data["id"] = np.arange(logits.size)
+    data["logit"] = logits
+    pointer = data.ctypes.data_as(ctypes.POINTER(C.llama_token_data))
+    candidates = C.llama_token_data_array(pointer, logits.size, -1, False)
+    C.llama_sampler_apply(sampler, ctypes.byref(candidates))
+    logits[data["id"]] = data["logit"]
 
 
 def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
