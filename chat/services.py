@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ SOURCE = "chat"
 TITLE_LENGTH = 60
 MAX_TITLE_LENGTH = 200
 MAX_TEXT_LENGTH = 1_000_000
+STOP_SECONDS = 2.0
 
 
 class ChatSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -134,20 +136,25 @@ def delete_chat(*, principal: Principal, chat_id: uuid.UUID) -> None:
     """Delete a chat with everything that was said in it. Raises ``NotFound``.
 
     What is still being written is stopped first. The rows of the generations stay, without their text: they are the usage record.
+    Waits a moment for the end of what was stopped, because its worker writes the text so far once more.
     """
     with transaction.atomic():
         chat = get_chat(principal=principal, chat_id=chat_id)
-        running = Generation.objects.unfinished().filter(pk__in=chat.messages.values("generation_id"))
-        for generation_id in list(running.values_list("pk", flat=True)):
+        unfinished = Generation.objects.unfinished().filter(pk__in=chat.messages.values("generation_id"))
+        running = list(unfinished.values_list("pk", flat=True))
+        for generation_id in running:
             cancel_generation(principal=principal, generation_id=generation_id)
         chat.delete()
-        forget_deleted()
         notify_after_commit(chat_group(chat_id), {"type": "chat.deleted", "chat_id": str(chat_id)})
         notify_after_commit(user_group(chat.user_id), {"type": "chat.updated", "chat_id": str(chat_id)})
+    deadline = time.monotonic() + STOP_SECONDS
+    while running and time.monotonic() < deadline and Generation.objects.unfinished().filter(pk__in=running).exists():
+        time.sleep(0.05)
+    forget_deleted()
 
 
 def forget_deleted() -> int:
-    """Blank the text of finished generations whose chat is gone, and return how many. Those that were running follow later."""
+    """Blank the text of all finished generations whose chat is gone, and return how many; also of those that ended late."""
     orphans = Generation.objects.filter(source=SOURCE, status__in=Generation.TERMINAL).exclude(request={})
     orphans = orphans.filter(~Exists(Message.objects.filter(generation=OuterRef("pk"))))
     return orphans.update(content="", reasoning="", output_tokens=[], request={})
