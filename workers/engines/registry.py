@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from lmweb.errors import ModelLoadFailed
-from workers.engines.base import Factory
+
+if TYPE_CHECKING:  # workers read ``FORMATS``; they need not hold numpy and what else the engines use
+    from workers.engines.base import Factory
 
 ENGINES = {"llama.cpp": "workers.engines.llama_cpp"}
 FORMATS = {"gguf": "llama.cpp"}
