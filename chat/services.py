@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 from django.db import IntegrityError, transaction
@@ -27,11 +26,15 @@ MAX_TEXT_LENGTH = 1_000_000
 STOP_SECONDS = 2.0
 
 
+#: Flat on purpose: nothing that a browser sends can nest.
+SettingValue = bool | int | float | str | list[str] | None
+
+
 class ChatSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the side panel holds: the system prompt and overrides of ``SamplingParams``."""
 
     system_prompt: str = ""
-    sampling: dict[str, Any] = {}
+    sampling: dict[str, SettingValue] = {}
 
 
 @dataclass(frozen=True)

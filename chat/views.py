@@ -142,11 +142,20 @@ def _uuid(request: HttpRequest, name: str) -> uuid.UUID | None:
         return None
 
 
+def _moment(text: str) -> datetime | None:
+    """Return a time with its zone, or None for what is none."""
+    try:
+        moment = parse_datetime(text.replace(" ", "+"))
+    except ValueError:
+        return None
+    return moment if moment and timezone.is_aware(moment) else None
+
+
 def _list_context(request: HttpRequest, principal: Principal, current: Chat | None) -> dict[str, Any]:
     """Return the list of chats, grouped by day in the reader's time zone."""
     chats = Chat.objects.visible_to(principal).only("id", "title", "updated_at")
-    before = parse_datetime(request.GET.get("before", "").replace(" ", "+"))
-    if before and timezone.is_aware(before):
+    before = _moment(request.GET.get("before", ""))
+    if before:
         chats = chats.filter(updated_at__lt=before)
     found = list(chats[: LIST_SIZE + 1])
     zone = _zone(request)

@@ -250,6 +250,8 @@ async def test_viewers_cannot_generate(stranger: User, model: InstalledModel) ->
         '{"type": "message.send", "message_id": 5}',
         '{"type": "ping", "ref": "\\ud800"}',
         "[" * 20_000,
+        '{"type": "message.send", "message_id": "00000000-0000-0000-0000-000000000000", "model": "x", "content": "x", "settings":'
+        ' {"sampling": {"stop": ' + "[" * 50_000 + "]" * 50_000 + "}}}",
     ],
 )
 async def test_bad_frames_are_answered_and_the_socket_lives_on(owner: User, frame: str) -> None:

@@ -1,7 +1,7 @@
 // One message on the page: builds it from its row, applies the events of its generation, renders at most once per frame.
 
 import { copyText, element, icon } from "../base.js";
-import { GrowingMarkdown, render } from "./markdown.js";
+import { GrowingMarkdown } from "./markdown.js";
 
 const TERMINAL = new Set(["completed", "cancelled", "failed"]);
 const STOP_REASONS = {
@@ -102,6 +102,8 @@ export class Answer extends MessageView {
     this.markdown = new GrowingMarkdown(this.body);
     this.thoughtLabel = element("span");
     this.thought = element("div", { class: "md thought", dir: "auto" });
+    this.thoughtMarkdown = new GrowingMarkdown(this.thought);
+    this.shownReasoning = "";
     this.thoughts = element("details", { class: "reasoning" }, element("summary", {}, icon("brain"), this.thoughtLabel, icon("chevron-down")), this.thought);
     this.phaseText = element("span", { class: "grow" });
     this.phaseBar = element("progress", { max: "1", "aria-label": "Progress" });
@@ -228,8 +230,9 @@ export class Answer extends MessageView {
     const time = this.thoughtSeconds ? ` for ${seconds(this.thoughtSeconds)}` : "";
     this.thoughtLabel.textContent = thinking ? "Thinking…" : `Thought${time}`;
     if (this.thoughts.open && this.reasoning !== this.shownReasoning) {
+      if (!this.reasoning.startsWith(this.shownReasoning)) this.thoughtMarkdown.reset();
       this.shownReasoning = this.reasoning;
-      this.thought.replaceChildren(render(this.reasoning));
+      this.thoughtMarkdown.update(this.reasoning);
     }
   }
 
