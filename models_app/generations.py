@@ -24,7 +24,7 @@ from lmweb.db import run_db
 from lmweb.errors import ModelNotFound, NotFound
 from models_app.models import Generation, InstalledModel
 from workers import dispatch, stream
-from workers.events import AnyEvent, ChatEnd, Error, ErrorInfo, OutputItem, Result, Snapshot, Stats, encode_events
+from workers.events import AnyEvent, ChatEnd, Error, ErrorInfo, Result, Snapshot, Stats, encode_events, output_items
 from workers.schemas import GenerationRequest, request_to_builtins
 
 SILENCE_SECONDS = 2.0
@@ -34,7 +34,7 @@ DISPATCH_SECONDS = 10
 
 def resolve_model(principal: Principal, name: str) -> InstalledModel:
     """Return the visible model of this key (any case) or loaded-instance identifier. Raises ``ModelNotFound``."""
-    visible = InstalledModel.objects.visible_to(principal)
+    visible = InstalledModel.objects.visible_to(principal).defer("chat_template")
     if "\x00" not in name:
         found = visible.filter(key=name).first() or visible.filter(instances__identifier=name).first()
         found = found or visible.annotate(lower=Lower("key")).filter(lower=name.lower()).first()
@@ -56,11 +56,7 @@ def start_generation(
     require(principal, Action.GENERATE)
     model = resolve_model(principal, request.model)
     node = dispatch.choose_node(model.pk)
-    alone = not transaction.get_connection().in_atomic_block
-    with _model_still_there(request.model), transaction.atomic():
-        if alone:  # nothing that a person typed hangs on it, so the first token need not wait for the disk
-            with transaction.get_connection().cursor() as cursor:
-                cursor.execute("SET LOCAL synchronous_commit TO off")
+    with _model_still_there(request.model):
         generation = Generation.objects.create(
             id=generation_id or uuid.uuid4(),
             user=principal.user,
@@ -72,8 +68,8 @@ def start_generation(
             node=node.name if node else "",
             lease_until=timezone.now() + timedelta(seconds=DISPATCH_SECONDS) if node else None,
         )
-        if node:
-            transaction.on_commit(lambda: dispatch.send(dispatch.GENERATE, node.name, str(generation.id)))
+    if node:
+        transaction.on_commit(lambda: dispatch.send(dispatch.GENERATE, node.name, str(generation.id)))
     return generation
 
 
@@ -101,17 +97,20 @@ def cancel_generation(*, principal: Principal, generation_id: uuid.UUID | str) -
 
 def final_entry(generation: Generation) -> stream.Entry:
     """Return the end of a finished generation as one entry, made from its row, for viewers whose stream is gone."""
-    events: list[AnyEvent] = [Snapshot(content=generation.content, reasoning=generation.reasoning)]
+    events: list[AnyEvent] = [_snapshot(generation)]
     if generation.error_code:
         events.append(Error(error=ErrorInfo(code=generation.error_code, message=generation.error_message)))
     events.append(end_event(generation))
     return stream.Entry(generation.seq + 1, encode_events(events), [])
 
 
+def _snapshot(generation: Generation) -> Snapshot:
+    return Snapshot(content=generation.content, reasoning=generation.reasoning, tool_calls=generation.calls())
+
+
 def end_event(generation: Generation) -> ChatEnd:
     """Return the ``chat.end`` of a finished generation."""
-    output = [OutputItem(type="reasoning", content=generation.reasoning)] if generation.reasoning else []
-    output.append(OutputItem(type="message", content=generation.content))
+    output = output_items(generation.content, generation.reasoning, generation.calls())
     known: dict[str, Any] = {name: generation.stats[name] for name in Stats.__struct_fields__ if name in generation.stats}
     return ChatEnd(result=Result(model_instance_id=generation.model_key, output=output, stats=Stats(**known)), status=generation.status)
 
@@ -155,7 +154,7 @@ async def _bridge(generation_id: str, entries: list[stream.Entry]) -> list[strea
         except DatabaseError:
             row = None
         if row is not None and row.seq >= entries[0].seq - 1:
-            snapshot = stream.Entry(row.seq, encode_events([Snapshot(content=row.content, reasoning=row.reasoning)]), [])
+            snapshot = stream.Entry(row.seq, encode_events([_snapshot(row)]), [])
             return [snapshot, *(entry for entry in entries if entry.seq > row.seq)]
         await asyncio.sleep(0.3)
 
