@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -391,8 +392,10 @@ class Supervisor:
         if self._listener is not None:
             self._listener.close()
         discovery.services_file(self.data_dir).unlink(missing_ok=True)
-        for name in ("valkey.sock",):
-            (embedded.run_dir(self.data_dir) / name).unlink(missing_ok=True)
+        sockets = embedded.run_dir(self.data_dir)
+        (sockets / "valkey.sock").unlink(missing_ok=True)
+        if self.data_dir not in sockets.parents:  # a directory in /tmp, made for this run
+            shutil.rmtree(sockets, ignore_errors=True)
         say("Stopped")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import tempfile
 import time
@@ -24,6 +25,7 @@ def open_to_all():
     live = Live(Path(tempfile.mkdtemp(prefix="lmweb-live-")) / "data").start("--host", "0.0.0.0")
     yield live
     live.stop()
+    shutil.rmtree(live.data_dir.parent)
 
 
 def test_loopback_only_until_an_admin_exists(open_to_all):
