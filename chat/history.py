@@ -28,8 +28,9 @@ class Branch:
         self._children: dict[uuid.UUID | None, list[uuid.UUID]] = {}
         for message_id, parent_id in rows:
             self._children.setdefault(parent_id, []).append(message_id)
-        newest = rows[-1][0] if rows else None
-        last = self._newest_below(through) if through in self._parents else newest
+        #: The message that was stored last, on whichever branch.
+        self.newest = rows[-1][0] if rows else None
+        last = self._newest_below(through) if through in self._parents else self.newest
         self.ids = self.path_to(last)
 
     def _newest_below(self, message_id: uuid.UUID | None) -> uuid.UUID | None:

@@ -24,7 +24,7 @@ class Ping(Verb, tag="ping"):
 
 
 class ChatOpen(Verb, tag="chat.open"):
-    """Follow a chat from here on. ``known`` are the newest messages that the tab shows; what came later is sent."""
+    """Follow a chat from here on. ``known`` are messages that the tab knows of; what came after them is sent."""
 
     chat_id: uuid.UUID
     known: Annotated[list[uuid.UUID], Meta(max_length=200)] = []

@@ -41,7 +41,8 @@ def chat_page(request: HttpRequest, chat_id: uuid.UUID | None = None) -> HttpRes
     """Show a chat, or an empty one. ``?through=`` picks the version of an answer that is shown."""
     principal = _principal(request)
     chat = services.get_chat(principal=principal, chat_id=chat_id) if chat_id else None
-    messages, older = history.Branch(chat, _uuid(request, "through")).page() if chat else ([], False)
+    branch = history.Branch(chat, _uuid(request, "through")) if chat else None
+    messages, older = branch.page() if branch else ([], False)
     models = chat_models(principal)
     selected = default_model(principal, chat, models)
     defaults = SamplingParams()
@@ -49,6 +50,7 @@ def chat_page(request: HttpRequest, chat_id: uuid.UUID | None = None) -> HttpRes
         "chat": {"id": str(chat.pk), "title": str(chat)} if chat else None,
         "messages": messages,
         "older": older,
+        "newest": str(branch.newest) if branch and branch.newest else None,
         "models": models,
         "model": selected,
         "may_generate": principal.may(Action.GENERATE),

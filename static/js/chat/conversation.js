@@ -7,8 +7,9 @@ const NEAR_BOTTOM = 64;
 
 export class Conversation {
   /** `page` gives chatId, modelName, regenerate, stop, modelsChanged and stateChanged. */
-  constructor(page, { messages, older }) {
+  constructor(page, { messages, older, newest }) {
     this.page = page;
+    this.newest = newest; // the last message that is known of, also on a branch that is not shown
     this.page.changed = (answer) => this.answerChanged(answer);
     this.list = document.getElementById("messages");
     this.scroller = document.getElementById("scroller");
@@ -29,11 +30,6 @@ export class Conversation {
     return [...this.views.values()].filter((view) => view.running);
   }
 
-  /** Ids of the newest messages shown, for catching up after a lost connection. */
-  get known() {
-    return [...this.list.children].slice(-20).map((node) => node.id.slice(2));
-  }
-
   view(data) {
     const view = data.role === "user" ? new Question(data, this.page) : new Answer(data, this.page);
     this.views.set(data.id, view);
@@ -48,14 +44,15 @@ export class Conversation {
 
   /** Take a message from the server: confirm one that is shown, or put a new one after its parent, where it starts a newer branch. */
   receive(data) {
+    this.newest = data.id;
     const known = this.views.get(data.id);
     if (known) {
       if (known.role === "user") known.setState("");
       return known;
     }
-    const parent = data.parent_id && this.views.get(data.parent_id);
-    const place = parent?.element ?? null;
-    const replaced = place ? place.nextElementSibling : this.list.querySelector("article");
+    const parent = this.views.get(data.parent_id);
+    if (data.parent_id && !parent) return; // it goes on from a version that is not shown
+    const replaced = parent ? parent.element.nextElementSibling : this.list.firstElementChild;
     const versions = this.cutFrom(replaced);
     if (versions.length) data.versions = [...versions, data.id];
     return this.append(data);

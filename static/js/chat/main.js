@@ -140,7 +140,7 @@ transport.addEventListener("frame", ({ detail }) => handlers[detail.type]?.(deta
 transport.addEventListener("open", () => {
   clearTimeout(transport.offlineTimer);
   document.getElementById("offline").hidden = true;
-  if (page.chatId) transport.send({ type: "chat.open", chat_id: page.chatId, known: conversation.known.filter((id) => !outbox.has(id)) });
+  if (page.chatId) transport.send({ type: "chat.open", chat_id: page.chatId, known: conversation.newest ? [conversation.newest] : [] });
   for (const answer of conversation.running) {
     transport.send({ type: "generation.watch", generation_id: answer.generationId, seq: answer.seq });
   }
