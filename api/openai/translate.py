@@ -69,7 +69,7 @@ def parse_request(body: bytes) -> ChatCompletionRequest:
     try:
         return _request_decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid(error) from None
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.") from None
     except ValueError as error:  # malformed JSON, or bytes that are no UTF-8
@@ -88,7 +88,7 @@ def to_generation_request(request: ChatCompletionRequest) -> GenerationRequest:
     try:
         return msgspec.convert(data, GenerationRequest)
     except msgspec.ValidationError as error:
-        raise _invalid(error, max_tokens=_limit_name(request)) from None
+        raise invalid(error, max_tokens=_limit_name(request)) from None
 
 
 def _refuse_unsupported(request: ChatCompletionRequest) -> None:
@@ -113,7 +113,7 @@ def _text(message: Message, index: int) -> str:
     if message.content is None:
         raise InvalidRequest(f"'{where}.content' is missing.", param=f"{where}.content")
     if isinstance(message.content, str):
-        return _without_nul(message.content, f"{where}.content")
+        return without_nul(message.content, f"{where}.content")
     texts = []
     for number, part in enumerate(message.content):
         here = f"{where}.content[{number}]"
@@ -121,7 +121,7 @@ def _text(message: Message, index: int) -> str:
             raise InvalidRequest(f"'{here}' is of type '{part.type[:40]}'; this server reads text parts only.", param=here)
         if part.text is None:
             raise InvalidRequest(f"'{here}.text' is missing.", param=f"{here}.text")
-        texts.append(_without_nul(part.text, f"{here}.text"))
+        texts.append(without_nul(part.text, f"{here}.text"))
     return "\n".join(texts)
 
 
@@ -133,7 +133,7 @@ def _sampling(request: ChatCompletionRequest) -> dict[str, Any]:
         given["max_tokens"] = limit
     if request.stop is not None:
         stop = [request.stop] if isinstance(request.stop, str) else request.stop
-        given["stop"] = [_without_nul(text, "stop") for text in stop]
+        given["stop"] = [without_nul(text, "stop") for text in stop]
     return given
 
 
@@ -147,20 +147,20 @@ def _template_kwargs(request: ChatCompletionRequest) -> dict[str, Any]:
     for name, value in given.items():
         if name in RESERVED_TEMPLATE_NAMES:
             raise InvalidRequest(f"'chat_template_kwargs.{name}' cannot be set by a request.", param="chat_template_kwargs")
-        _without_nul(name, "chat_template_kwargs")
+        without_nul(name, "chat_template_kwargs")
         if isinstance(value, str):
-            _without_nul(value, "chat_template_kwargs")
+            without_nul(value, "chat_template_kwargs")
     return given
 
 
-def _without_nul(text: str, where: str) -> str:
+def without_nul(text: str, where: str) -> str:
     """Return the text. Raises ``InvalidRequest`` for NUL characters, which neither the database nor a tokenizer takes."""
     if "\x00" in text:
         raise InvalidRequest(f"'{where}' contains a NUL character.", param=where)
     return text
 
 
-def _invalid(error: msgspec.ValidationError, max_tokens: str = "max_tokens") -> InvalidRequest:
+def invalid(error: msgspec.ValidationError, max_tokens: str = "max_tokens") -> InvalidRequest:
     """Return the error in words that name the field as the client wrote it; ``max_tokens`` is the name that it used for that one."""
     message = str(error)
     fault = _FAULT.match(message)
