@@ -6,6 +6,7 @@ import uuid
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 from django.conf import settings
 from django.contrib.postgres.fields import ArrayField
 from django.db import models
@@ -14,6 +15,7 @@ from django.db.models import Q
 from lmweb.access import Action, Principal
 from lmweb.models import ApiToken, User
 from workers.models import WorkerNode
+from workers.schemas import ToolCall
 
 
 class InstalledModelQuerySet(models.QuerySet["InstalledModel"]):
@@ -115,8 +117,8 @@ class Generation(models.Model):
     queued -> running -> completed | cancelled | failed
     running -> queued            (its worker died; it continues from the last stored token, at most ``MAX_RESUMES`` times)
 
-    ``content``, ``reasoning``, ``output_tokens`` and ``seq`` are saved together about once a second while it runs, so that they
-    always describe the same moment; entries of the stream after ``seq`` are newer than the row.
+    ``content``, ``reasoning``, ``tool_calls``, ``output_tokens`` and ``seq`` are saved together about once a second while it
+    runs, so that they always describe the same moment; entries of the stream after ``seq`` are newer than the row.
     """
 
     class Status(models.TextChoices):
@@ -147,6 +149,7 @@ class Generation(models.Model):
     seq = models.PositiveIntegerField(default=0)
     content = models.TextField(blank=True)
     reasoning = models.TextField(blank=True)
+    tool_calls = models.JSONField(default=list, help_text="Of workers.schemas.ToolCall.")
     output_tokens = ArrayField(models.IntegerField(), default=list)
     stats = models.JSONField(default=dict)
     error_code = models.CharField(max_length=64, blank=True)
@@ -172,6 +175,10 @@ class Generation(models.Model):
         """Whether nothing will be added any more."""
         return self.status in self.TERMINAL
 
+    def calls(self) -> list[ToolCall]:
+        """Return the calls of tools that the model made."""
+        return msgspec.convert(self.tool_calls, list[ToolCall])
+
     def state(self) -> dict[str, Any]:
         """Return what a viewer needs to show this generation as of ``seq``."""
         return {
@@ -180,6 +187,7 @@ class Generation(models.Model):
             "seq": self.seq,
             "content": self.content,
             "reasoning": self.reasoning,
+            "tool_calls": self.tool_calls,
             "stats": self.stats,
             "error": {"code": self.error_code, "message": self.error_message} if self.error_code else None,
         }

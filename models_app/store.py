@@ -25,8 +25,9 @@ LEASE_SECONDS = 15
 
 _SAVE = """
 UPDATE models_app_generation AS g
-SET seq = v.seq, content = v.content, reasoning = v.reasoning, output_tokens = v.tokens, resumes = v.resumes, lease_until = %s
-FROM (VALUES {rows}) AS v (id, seq, content, reasoning, tokens, resumes)
+SET seq = v.seq, content = v.content, reasoning = v.reasoning, tool_calls = v.calls, output_tokens = v.tokens, resumes = v.resumes,
+    lease_until = %s
+FROM (VALUES {rows}) AS v (id, seq, content, reasoning, calls, tokens, resumes)
 WHERE g.id = v.id AND g.incarnation = %s AND g.status = 'running'
 RETURNING g.id, g.cancel_requested
 """
@@ -118,16 +119,17 @@ class DjangoStore:
             seq=generation.seq,
             content=generation.content,
             reasoning=generation.reasoning,
+            tool_calls=generation.calls(),
             output_tokens=list(generation.output_tokens),
             cancelled=generation.cancel_requested,
         )
 
     def save(self, progress: list[Progress]) -> tuple[set[str], set[str]]:
         """Save all partial texts of a second, and the leases with them, in one statement."""
-        rows = ", ".join(["(%s::uuid, %s::int, %s, %s, %s::int[], %s::int)"] * len(progress))
+        rows = ", ".join(["(%s::uuid, %s::int, %s, %s, %s::jsonb, %s::int[], %s::int)"] * len(progress))
         values: list[Any] = [timezone.now() + timedelta(seconds=LEASE_SECONDS)]
         for p in progress:
-            values += [p.id, p.seq, p.content, p.reasoning, p.output_tokens, p.resumes]
+            values += [p.id, p.seq, p.content, p.reasoning, msgspec.json.encode(p.tool_calls).decode(), p.output_tokens, p.resumes]
         with _brief(durable=False), connection.cursor() as cursor:
             cursor.execute(_SAVE.format(rows=rows), [*values, self.incarnation])
             found = cursor.fetchall()
@@ -147,6 +149,7 @@ class DjangoStore:
                         seq=p.seq,
                         content=p.content,
                         reasoning=p.reasoning,
+                        tool_calls=msgspec.to_builtins(p.tool_calls),
                         output_tokens=p.output_tokens,
                         resumes=p.resumes,
                         stats=msgspec.to_builtins(outcome.stats),

@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from workers.schemas import ToolCall
+
 
 class Event(msgspec.Struct, frozen=True, tag_field="type", omit_defaults=True, forbid_unknown_fields=True, kw_only=True):
     """Base of all events; ``type`` in the encoded form tells which."""
@@ -114,11 +116,25 @@ class MessageEnd(Event, tag="message.end"):
     """The answer is complete."""
 
 
+class ToolCallStart(Event, tag="tool_call.start"):
+    """The model begins to call ``tool``; ``id`` is unique within the generation's conversation."""
+
+    tool: str
+    id: str
+
+
+class ToolCallArguments(Event, tag="tool_call.arguments"):
+    """More of the JSON text of the arguments of the call that began last."""
+
+    content: str
+
+
 class Snapshot(Event, tag="generation.snapshot"):
     """All text so far; replaces what a viewer has. Sent when a stream was lost and the row took its place."""
 
     content: str
     reasoning: str = ""
+    tool_calls: list[ToolCall] = []
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -150,11 +166,20 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     stop_reason: str = ""
 
 
-class OutputItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One part of the result: ``type`` is ``reasoning`` or ``message``."""
+class OutputItem(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One part of the result: ``type`` is ``reasoning`` or ``message``, each with ``content``, or ``tool_call``."""
 
     type: str
-    content: str
+    content: str = ""
+    tool_call: ToolCall | None = None
+
+
+def output_items(content: str, reasoning: str, tool_calls: list[ToolCall]) -> list[OutputItem]:
+    """Return the parts of a result in their order. There is always a message, if only an empty one, unless there are calls."""
+    items = [OutputItem(type="reasoning", content=reasoning)] if reasoning else []
+    if content or not tool_calls:
+        items.append(OutputItem(type="message", content=content))
+    return items + [OutputItem(type="tool_call", tool_call=call) for call in tool_calls]
 
 
 class Result(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -175,8 +200,8 @@ class ChatEnd(Event, tag="chat.end"):
 
 AnyEvent = (
     ChatStart | QueueUpdate | ModelLoadStart | ModelLoadProgress | ModelLoadEnd | ContextOverflow | PromptProcessingStart | PromptProcessingProgress
-    | PromptProcessingEnd | ReasoningStart | ReasoningDelta | ReasoningEnd | MessageStart | MessageDelta | MessageEnd | Snapshot
-    | Error | ChatEnd
+    | PromptProcessingEnd | ReasoningStart | ReasoningDelta | ReasoningEnd | MessageStart | MessageDelta | MessageEnd | ToolCallStart
+    | ToolCallArguments | Snapshot | Error | ChatEnd
 )  # fmt: skip
 
 _encoder = msgspec.json.Encoder()

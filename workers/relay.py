@@ -21,12 +21,15 @@ from workers.events import (
     Error,
     ErrorInfo,
     MessageDelta,
-    OutputItem,
     ReasoningDelta,
     Result,
+    ToolCallArguments,
+    ToolCallStart,
     decode_events,
     encode_events,
+    output_items,
 )
+from workers.schemas import ToolCall
 from workers.store import Claim, Outcome, Progress
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ class Live:
     lock: threading.Lock = field(default_factory=threading.Lock)
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
+    calls: list[tuple[str, str, list[str]]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     entries: list[stream.Entry] = field(default_factory=list)
     sent: int = 0
@@ -73,6 +77,10 @@ class Live:
                 self.content.append(event.content)
             elif isinstance(event, ReasoningDelta):
                 self.reasoning.append(event.content)
+            elif isinstance(event, ToolCallStart):
+                self.calls.append((event.id, event.tool, []))
+            elif isinstance(event, ToolCallArguments) and self.calls:
+                self.calls[-1][2].append(event.content)
         new = list(tokens)
         self.pending_tokens += new
         self.tokens += new
@@ -87,7 +95,8 @@ class Live:
 
     def progress(self) -> Progress:
         """Return the state as of the last entry; call ``close_entry`` first, so that text, tokens and ``seq`` belong together."""
-        return Progress(self.id, self.seq, "".join(self.content), "".join(self.reasoning), list(self.tokens), self.resumes)
+        calls = [ToolCall(id=id_, name=name, arguments="".join(parts)) for id_, name, parts in self.calls]
+        return Progress(self.id, self.seq, "".join(self.content), "".join(self.reasoning), calls, list(self.tokens), self.resumes)
 
 
 def _merged(events: list[AnyEvent]) -> list[AnyEvent]:
@@ -99,6 +108,8 @@ def _merged(events: list[AnyEvent]) -> list[AnyEvent]:
             merged[-1] = MessageDelta(content=last.content + event.content, logprobs=last.logprobs + event.logprobs)
         elif isinstance(event, ReasoningDelta) and isinstance(last, ReasoningDelta):
             merged[-1] = ReasoningDelta(content=last.content + event.content)
+        elif isinstance(event, ToolCallArguments) and isinstance(last, ToolCallArguments):
+            merged[-1] = ToolCallArguments(content=last.content + event.content)
         else:
             merged.append(event)
     return merged
@@ -107,8 +118,7 @@ def _merged(events: list[AnyEvent]) -> list[AnyEvent]:
 def end_events(outcome: Outcome, instance_id: str) -> list[AnyEvent]:
     """Return the last events of a generation."""
     progress = outcome.progress
-    output = [OutputItem(type="reasoning", content=progress.reasoning)] if progress.reasoning else []
-    output.append(OutputItem(type="message", content=progress.content))
+    output = output_items(progress.content, progress.reasoning, progress.tool_calls)
     events: list[AnyEvent] = [Error(error=outcome.error)] if outcome.error else []
     events.append(ChatEnd(result=Result(model_instance_id=instance_id, output=output, stats=outcome.stats), status=outcome.status))
     return events
@@ -137,6 +147,7 @@ class StreamWriter:
         """Return the live form of a claimed generation, brought to the end of its stream, which may be newer than the row."""
         live = Live(claim, seq=claim.seq, resumes=claim.resumes)
         live.content, live.reasoning, live.tokens = [claim.content], [claim.reasoning], list(claim.output_tokens)
+        live.calls = [(call.id, call.name, [call.arguments]) for call in claim.tool_calls]
         if not claim.resumes and not claim.seq:
             return live
         try:

@@ -19,6 +19,8 @@ MAX_LOGIT_BIAS = 1024
 
 MAX_FORMAT_CHARACTERS = 256 * 1024
 MAX_TOP_LOGPROBS = 20
+MAX_TOOLS = 512
+MAX_TOOL_CALLS = 128
 
 
 class Lane(IntEnum):
@@ -29,11 +31,28 @@ class Lane(IntEnum):
     BATCH = 2
 
 
+#: Names of tools need no quoting in any family's way of writing calls.
+ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}$")]
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that a model made. ``arguments`` is a JSON object as text, cut short if the answer was."""
+
+    id: Annotated[str, Meta(max_length=256)]
+    name: Annotated[str, Meta(max_length=256)]
+    arguments: str = "{}"
+
+
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """One turn of the conversation, in plain text."""
+    """One turn of the conversation, in plain text; an assistant's may have made ``tool_calls``.
+
+    A turn of the role ``tool`` is the result of the call ``tool_call_id``.
+    """
 
     role: Role
     content: str
+    tool_calls: Annotated[tuple[ToolCall, ...], Meta(max_length=MAX_TOOL_CALLS)] = ()
+    tool_call_id: Annotated[str, Meta(max_length=256)] = ""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -76,11 +95,30 @@ class OutputFormat(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     value: Annotated[str, Meta(max_length=MAX_FORMAT_CHARACTERS)] = ""
 
 
+class Tool(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """A function that the model may call. ``parameters`` is the JSON schema of its arguments as JSON text.
+
+    Keywords of a schema that cannot be enforced are ignored unless it is ``strict``.
+    """
+
+    name: ToolName
+    description: Annotated[str, Meta(max_length=MAX_FORMAT_CHARACTERS)] = ""
+    parameters: Annotated[str, Meta(max_length=MAX_FORMAT_CHARACTERS)] = '{"type": "object"}'
+    strict: bool = False
+
+
+class NamedTool(msgspec.Struct, frozen=True):
+    """The choice of one tool."""
+
+    name: ToolName
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """What is asked of a model.
 
     ``model`` is a key or an instance identifier. ``context_overflow`` says what becomes of messages that do not fit. ``top_logprobs`` asks for the log-probability of each token and of that many
-    alternatives (None: of none). ``lane`` is the request's place when the model is busy.
+    alternatives (None: of none). ``tool_choice`` "none" hides the tools, "required" or a named one makes the answer a call;
+    without ``parallel_tool_calls`` the answer ends after one. ``lane`` is the request's place when the model is busy.
     """
 
     model: Annotated[str, Meta(min_length=1, max_length=512)]
@@ -89,6 +127,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only
     template_kwargs: dict[str, Any] = {}
     context_overflow: OverflowPolicy = "stopAtLimit"
     output_format: OutputFormat | None = None
+    tools: Annotated[tuple[Tool, ...], Meta(max_length=MAX_TOOLS)] = ()
+    tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     lane: Lane = Lane.API
 

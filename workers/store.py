@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from workers.events import ErrorInfo, Stats
-from workers.schemas import GenerationRequest, LoadConfig
+from workers.schemas import GenerationRequest, LoadConfig, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class Claim:
     seq: int = 0
     content: str = ""
     reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
     output_tokens: list[int] = field(default_factory=list)
     cancelled: bool = False
 
@@ -57,6 +58,7 @@ class Progress:
     seq: int
     content: str
     reasoning: str
+    tool_calls: list[ToolCall]
     output_tokens: list[int]
     resumes: int
 
