@@ -1,6 +1,7 @@
 """Application configuration."""
 
 from django.apps import AppConfig
+from django.core.signals import request_started
 
 
 class LmwebConfig(AppConfig):
@@ -12,3 +13,6 @@ class LmwebConfig(AppConfig):
     def ready(self) -> None:
         """Connect the signal receivers."""
         from lmweb import signals  # noqa: F401
+        from lmweb.db import drop_dead_connections
+
+        request_started.connect(drop_dead_connections)

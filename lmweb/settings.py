@@ -81,8 +81,7 @@ def _database(url: str) -> dict[str, Any]:
         "HOST": info.pop("host", ""),
         "PORT": str(info.pop("port", "")),
         "OPTIONS": info,
-        "CONN_MAX_AGE": 300,
-        "CONN_HEALTH_CHECKS": True,
+        "CONN_MAX_AGE": 300,  # dead ones are found by lmweb.db
     }
 
 

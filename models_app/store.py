@@ -6,19 +6,22 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import psutil
+from django.conf import settings
 from django.db import close_old_connections, connection, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import F, Q
 from django.utils import timezone
 
+from lmweb.db import drop_dead_connections
 from models_app.models import Generation, InstalledModel, ModelInstance
 from workers.events import Stats
 from workers.models import WorkerNode
-from workers.schemas import LoadConfig, request_from_builtins
+from workers.schemas import GenerationRequest, LoadConfig, ToolCall
 from workers.store import Claim, Instance, ModelFile, Outcome, Progress
 
 LEASE_SECONDS = 15
@@ -32,11 +35,24 @@ WHERE g.id = v.id AND g.incarnation = %s AND g.status = 'running'
 RETURNING g.id, g.cancel_requested
 """
 
+_CLAIM_COLUMNS = (
+    "id", "user_id", "request", "resumes", "seq", "content", "reasoning", "output_tokens", "tool_calls", "cancel_requested",
+    "model_id", "model_key", "model_format", "model_path",
+)  # fmt: skip
+_CLAIM = """
+UPDATE models_app_generation AS g
+SET status = 'running', node = %s, incarnation = %s, lease_until = %s, started_at = %s
+FROM models_app_installedmodel AS m
+WHERE g.id = %s AND g.status = 'queued' AND m.id = g.model_id
+RETURNING g.id, g.user_id, g.request, g.resumes, g.seq, g.content, g.reasoning, g.output_tokens, g.tool_calls, g.cancel_requested,
+          m.id, m.key, m.format, m.path
+"""
+
 
 @contextmanager
 def _brief(*, durable: bool) -> Iterator[None]:
-    """A short use of a healthy connection. Not ``durable``: may be lost if PostgreSQL dies in the next half second."""
-    close_old_connections()
+    """A short use of a live connection. Not ``durable``: may be lost if PostgreSQL dies in the next half second."""
+    drop_dead_connections()
     try:
         if durable:
             with transaction.atomic(), connection.cursor() as cursor:
@@ -93,36 +109,15 @@ class DjangoStore:
 
     def claim(self, generation_id: str) -> Claim | None:
         """Take a queued generation by a conditional update, so that a second delivery finds nothing."""
-        with _brief(durable=False):
-            now = timezone.now()
-            taken = Generation.objects.filter(pk=generation_id, status=Generation.Status.QUEUED).update(
-                status=Generation.Status.RUNNING,
-                node=self.node_name,
-                incarnation=self.incarnation,
-                lease_until=now + timedelta(seconds=LEASE_SECONDS),
-                started_at=now,
-            )
-            if not taken:
+        now = timezone.now()
+        lease = now + timedelta(seconds=LEASE_SECONDS)
+        with _brief(durable=False), connection.cursor() as cursor:
+            cursor.execute(_CLAIM, [self.node_name, self.incarnation, lease, now, generation_id])
+            row = cursor.fetchone()
+            if row is None:
+                self._refuse_without_model(generation_id)
                 return None
-            generation = Generation.objects.select_related("model").get(pk=generation_id)
-            if generation.model is None:
-                self._refuse(generation, "model_not_found", "The model was deleted before it could answer.")
-                return None
-        request = request_from_builtins(generation.request)
-        return Claim(
-            id=str(generation.pk),
-            owner=str(generation.user_id),
-            model=_model_file(generation.model),
-            identifier=request.model,
-            request=request,
-            resumes=generation.resumes,
-            seq=generation.seq,
-            content=generation.content,
-            reasoning=generation.reasoning,
-            tool_calls=generation.calls(),
-            output_tokens=list(generation.output_tokens),
-            cancelled=generation.cancel_requested,
-        )
+        return _claim(dict(zip(_CLAIM_COLUMNS, row, strict=True)))
 
     def save(self, progress: list[Progress]) -> tuple[set[str], set[str]]:
         """Save all partial texts of a second, and the leases with them, in one statement."""
@@ -225,14 +220,34 @@ class DjangoStore:
             ModelInstance.objects.filter(pk=instance_id).update(**values)
 
     @staticmethod
-    def _refuse(generation: Generation, code: str, message: str) -> None:
-        Generation.objects.filter(pk=generation.pk).update(
+    def _refuse_without_model(generation_id: str) -> None:
+        """End a generation whose model was deleted before anybody could take it."""
+        Generation.objects.filter(pk=generation_id, status=Generation.Status.QUEUED, model=None).update(
             status=Generation.Status.FAILED,
-            error_code=code,
-            error_message=message,
+            error_code="model_not_found",
+            error_message="The model was deleted before it could answer.",
             stats=msgspec.to_builtins(Stats(stop_reason="failed")),
             finished_at=timezone.now(),
         )
+
+
+def _claim(row: dict[str, Any]) -> Claim:
+    """Return what ``_CLAIM`` returned as the worker knows it; JSON columns arrive as text."""
+    request = msgspec.json.decode(row["request"], type=GenerationRequest, strict=False)
+    return Claim(
+        id=str(row["id"]),
+        owner=str(row["user_id"]),
+        model=ModelFile(row["model_id"], row["model_key"], row["model_format"], str(Path(settings.MODELS_DIR) / row["model_path"])),
+        identifier=request.model,
+        request=request,
+        resumes=row["resumes"],
+        seq=row["seq"],
+        content=row["content"],
+        reasoning=row["reasoning"],
+        tool_calls=msgspec.json.decode(row["tool_calls"], type=list[ToolCall]),
+        output_tokens=row["output_tokens"],
+        cancelled=row["cancel_requested"],
+    )
 
 
 def _model_file(model: InstalledModel) -> ModelFile:

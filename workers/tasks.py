@@ -18,6 +18,7 @@ from django.conf import settings
 from django.db.backends.signals import connection_created
 
 from lmweb.celery import app
+from lmweb.db import visit
 from models_app.reaper import Reaper
 from models_app.store import DjangoStore, relax_commits
 from workers.dispatch import CANCEL
@@ -75,7 +76,7 @@ def unload_model(instance_id: int) -> None:
 @app.task(name="workers.tasks.reap")
 def reap() -> None:
     """Send lost work again (io worker, every few seconds)."""
-    _reaper.run()
+    visit(_reaper.run)
 
 
 @control_command(name=CANCEL, args=[("generation_id", str)])
