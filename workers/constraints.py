@@ -6,7 +6,10 @@ milliseconds) and is shared by all engines. Schemas come from strangers: their s
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -17,6 +20,22 @@ from lmweb.errors import InvalidRequest
 from workers.schemas import OutputFormat
 
 CACHED_GRAMMARS = 64
+
+
+class Answer(Protocol):
+    """What a constraint needs to know of the text so far (``workers.parsing.output.OutputParser``)."""
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the model is thinking at the moment."""
+
+    @property
+    def units(self) -> int:
+        """How many calls, or lists of calls, of tools have begun."""
+
+    @property
+    def open_unit(self) -> str | None:
+        """The text after the marker of the unit that is being written; None outside of one."""
 
 
 class Constraint:
@@ -47,6 +66,42 @@ class Constraint:
         """Note the token that came."""
         self._matcher.consume_token(token)
 
+    def follow(self, answer: Answer) -> None:
+        """Learn how the text stands after each token."""
+        self.active = not answer.is_reasoning
+
+
+class CallConstraint(Constraint):
+    """Holds calls of tools to their grammar from their marker to their end; other text is free.
+
+    With ``forced`` the answer as a whole has to fit that grammar until its first unit (a call, or a list of calls) ends. The
+    matcher for later units comes from ``unit``, with a function that turns text into tokens.
+    """
+
+    def __init__(self, unit: LLMatcher, forced: LLMatcher | None, tokens: Callable[[str], list[int]], vocab_size: int) -> None:
+        super().__init__(forced or unit, vocab_size)
+        self._unit, self._tokens = unit, tokens
+        self._forced = forced is not None
+        self._units = 0
+        self.active = self._forced
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but the end may follow: an answer instead of a call is complete."""
+        return self.active and self._matcher.is_stopped()
+
+    def follow(self, answer: Answer) -> None:
+        """Take hold when a unit begins, let go when it ends."""
+        if self._forced and not answer.units:
+            self.active = not answer.is_reasoning
+        elif answer.open_unit is None:
+            self.active = self._forced = False
+        elif answer.units != self._units and not self._forced:
+            self._matcher = self._unit.deep_copy()
+            # What came in one token with the marker. If no call can begin like that, the text shows it: see CallReader.
+            self.active = self._matcher.consume_tokens(self._tokens(answer.open_unit))
+        self._units = answer.units
+
 
 class ConstraintFactory:
     """Makes constraints over one vocabulary; compiled grammars are kept for the next request with the same one."""
@@ -57,6 +112,23 @@ class ConstraintFactory:
 
     def make(self, wanted: OutputFormat) -> Constraint:
         """Return a new constraint. Raises ``InvalidRequest`` for a schema, expression or grammar that cannot be used."""
+        return Constraint(self._matcher(wanted), self._tokenizer.vocab_size)
+
+    def make_calls(self, grammars: Callable[[Callable[[str], str]], tuple[str, str]]) -> CallConstraint:
+        """Return the constraint of an answer with calls.
+
+        ``grammars`` makes two Lark grammars: that of a unit, and that of a forced answer (empty: nothing is forced). It is given
+        a function that translates text into Lark. Raises ``InvalidRequest`` if a tool's schema cannot be used.
+        """
+        unit, forced = grammars(self.literal)
+        try:
+            matchers = [self._matcher(OutputFormat(kind="grammar", value=text)) if text else None for text in (unit, forced)]
+        except InvalidRequest as error:
+            raise InvalidRequest(error.message.replace("response format", "parameters of the tools", 1), param="tools") from error
+        assert matchers[0] is not None
+        return CallConstraint(matchers[0], matchers[1], self._tokenizer.greedy_tokenize, self._tokenizer.vocab_size)
+
+    def _matcher(self, wanted: OutputFormat) -> LLMatcher:
         matcher = self._compiled.get(wanted)
         if matcher is None:
             matcher = LLMatcher(self._tokenizer, _grammar(wanted), log_level=0)
@@ -66,7 +138,22 @@ class ConstraintFactory:
             if len(self._compiled) > CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(wanted)
-        return Constraint(matcher.deep_copy(), self._tokenizer.vocab_size)
+        return matcher.deep_copy()
+
+    def literal(self, text: str) -> str:
+        """Return a text as a Lark expression, in which the vocabulary's special tokens are such."""
+        parts: list[str] = []
+        plain: list[int] = []
+        for token in [*self._tokenizer.tokenize_str(text, parse_special=True), None]:
+            if token is not None and not self._tokenizer.is_special_token(token):
+                plain.append(token)
+                continue
+            if plain:
+                parts.append(json.dumps(self._tokenizer.decode_str(plain), ensure_ascii=False))
+                plain = []
+            if token is not None:
+                parts.append(f"<[{token}]>")
+        return " ".join(parts)
 
 
 def _grammar(wanted: OutputFormat) -> str:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,8 +41,11 @@ from workers.events import (
 )
 from workers.overflow import room_for_answer, shorten
 from workers.parsing.output import OutputParser, replay
+from workers.parsing.tools.prompts import ToolPrompt
+from workers.parsing.tools.reader import CallReader
+from workers.parsing.tools.requests import call_limit, callable_tools, grammars, usable_tools
 from workers.protocol import Cancel, Channel, HostMessage, Load, Loaded, LoadFailed, LoadProgress, Output, Shutdown, Step, Submit
-from workers.schemas import ChatMessage, GenerationRequest
+from workers.schemas import ChatMessage, GenerationRequest, Tool
 from workers.templates import ChatTemplate
 
 logger = logging.getLogger(__name__)
@@ -62,6 +65,7 @@ class Job:
     resumed_tokens: int
     prompt_done: bool
     dropped_messages: int = 0
+    call_limit: int | None = None
     prompt_announced: bool = False
     first_token_at: float | None = None
 
@@ -94,6 +98,10 @@ class Runner:
         self._log = step_log
         self._queue = QueueReport(engine.info.parallel)
 
+    @cached_property
+    def _tool_prompt(self) -> ToolPrompt:
+        return ToolPrompt(self._template, self.engine.info.chat_template)
+
     def submit(self, message: Submit) -> Output | None:
         """Start a generation; returns what is to be said at once: that it was refused, is complete already, or was shortened."""
         try:
@@ -105,8 +113,7 @@ class Runner:
             logger.exception("generation %s could not be prepared", message.generation_id)
             info = ErrorInfo(code=LmwebError.code, message="The request could not be prepared. The runner's log says more.")
             return Output(generation_id=message.generation_id, error=info, stats=Stats(stop_reason="failed"))
-        if job.parser.stopped or len(job.sequence.output) >= job.sequence.limit:
-            reason = "stopStringFound" if job.parser.stopped else self._limit_reason(job)
+        if reason := self._ended(job):
             return Output(generation_id=message.generation_id, events=job.parser.finish(), stats=job.stats(reason))
         self.jobs[message.generation_id] = job
         self.engine.add(job.sequence)
@@ -171,18 +178,19 @@ class Runner:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(31))
         room = info.context_length - len(prompt)
         starts_reasoning = prompt_text.rstrip("\n").endswith("<think>")
-        parser = OutputParser(sampling.stop, starts_reasoning=starts_reasoning)
-        replay(parser, message.output_tokens, self.engine.piece)
+        parser = OutputParser(sampling.stop, starts_reasoning=starts_reasoning, calls=self._call_reader(message))
+        constraint = self._constraint(request)
+        replay(parser, message.output_tokens, self.engine.piece, constraint)
         sequence = Sequence(
             id=message.generation_id,
             owner=message.owner,
             prompt=prompt,
-            shared_prefix=self._shared_tokens(request.messages, prompt),
+            shared_prefix=self._shared_tokens(request, prompt),
             sampling=sampling,
             limit=min(sampling.max_tokens or room, room),
             lane=request.lane,
             output=list(message.output_tokens),
-            constraint=self._constraint(request, message.output_tokens, starts_reasoning=starts_reasoning),
+            constraint=constraint,
             top_logprobs=request.top_logprobs,
         )
         return Job(
@@ -191,6 +199,7 @@ class Runner:
             resumed_tokens=len(message.output_tokens),
             prompt_done=bool(message.output_tokens),
             dropped_messages=len(request.messages) - len(messages),
+            call_limit=call_limit(request),
         )
 
     def _fit(self, request: GenerationRequest) -> tuple[list[ChatMessage], str, list[int]]:
@@ -206,29 +215,30 @@ class Runner:
         return shortened[0], *self._render(request, shortened[0])
 
     def _render(self, request: GenerationRequest, messages: list[ChatMessage]) -> tuple[str, list[int]]:
-        text = self._template.render(messages, variables=request.template_kwargs)
+        tools = usable_tools(request)
+        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
+            text = self._tool_prompt.render(messages, tools, variables=request.template_kwargs)
+        else:
+            text = self._template.render(messages, variables=request.template_kwargs)
         bos = self.engine.info.bos_text
         return text, self.engine.tokenize(text, add_bos=not (bos and text.startswith(bos)))
 
-    def _constraint(self, request: GenerationRequest, output: list[int], *, starts_reasoning: bool) -> Constraint | None:
-        """Return the request's constraint, brought to where an interrupted answer stopped."""
-        if request.output_format is None:
+    def _call_reader(self, message: Submit) -> CallReader | None:
+        tools = callable_tools(message.request)
+        if not tools:
             return None
-        constraint = self.engine.make_constraint(request.output_format)
-        parser = OutputParser([], starts_reasoning=starts_reasoning)
-        constraint.active = not parser.is_reasoning
-        for token in output:
-            if constraint.active:
-                constraint.accept(token)
-            parser.feed(self.engine.piece(token))
-            constraint.active = not parser.is_reasoning
-        return constraint
+        return CallReader(self._tool_prompt.syntax, frozenset(tool.name for tool in tools), message.generation_id)
 
-    def _shared_tokens(self, messages: list[ChatMessage], prompt: list[int]) -> int:
-        """Return how many tokens of the prompt come from the system prompt, which different people may share."""
-        if messages[0].role not in {"system", "developer"}:
+    def _constraint(self, request: GenerationRequest) -> Constraint | None:
+        if callable_tools(request):
+            return self.engine.constraints().make_calls(partial(grammars, request, self._tool_prompt.syntax))
+        return None if request.output_format is None else self.engine.constraints().make(request.output_format)
+
+    def _shared_tokens(self, request: GenerationRequest, prompt: list[int]) -> int:
+        """Return how many tokens of the prompt come from the system prompt and the tools, which different people may share."""
+        if request.messages[0].role not in {"system", "developer"}:
             return 0
-        prefix = self._shared_prefix(messages[0])
+        prefix = self._shared_prefix(request.messages[0], usable_tools(request))
         n = 0
         for mine, theirs in zip(prompt, prefix, strict=False):
             if mine != theirs:
@@ -236,9 +246,12 @@ class Runner:
             n += 1
         return n
 
-    def _render_shared_prefix(self, message: ChatMessage) -> tuple[int, ...]:
+    def _render_shared_prefix(self, message: ChatMessage, tools: tuple[Tool, ...]) -> tuple[int, ...]:
         try:
-            text = self._template.render([message], add_generation_prompt=False)
+            if tools:
+                text = self._tool_prompt.render([message], tools, add_generation_prompt=False)
+            else:
+                text = self._template.render([message], add_generation_prompt=False)
         except LmwebError:  # some templates demand a user's turn
             return ()
         info = self.engine.info
@@ -272,11 +285,19 @@ class Runner:
                 job.parser.note_logprob(self._describe(sampled.logprobs[i]))
             events += job.parser.feed(self.engine.piece(token))
             if job.parser.stopped:
-                return "stopStringFound"
+                break
             if constraint is not None:
                 if constraint.is_complete:
                     return "eosFound"
-                constraint.active = not job.parser.is_reasoning
+                constraint.follow(job.parser)
+        return self._ended(job)
+
+    def _ended(self, job: Job) -> str:
+        """Return the stop reason if the text so far is the whole answer."""
+        if job.parser.stopped:
+            return "stopStringFound"
+        if job.call_limit is not None and job.parser.completed_calls >= job.call_limit:
+            return "toolCalls"
         return self._limit_reason(job) if len(job.sequence.output) >= job.sequence.limit else ""
 
     def _describe(self, logprob: Logprob) -> TokenLogprob:
@@ -295,7 +316,7 @@ class Runner:
         job = self.jobs.pop(generation_id)
         self.engine.remove(generation_id)
         events += job.parser.finish()
-        stats = job.stats(reason)
+        stats = job.stats("toolCalls" if reason == "eosFound" and job.parser.completed_calls else reason)
         self._queue.note_end(stats.generation_time_seconds)
         return stats
 

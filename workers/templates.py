@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, GeneratorType
 from typing import Any
 
 from jinja2 import TemplateError as JinjaError, nodes
@@ -116,6 +116,7 @@ def _check_size(n: int) -> None:
 
 def _tojson(value: Any, indent: int | None = None, **_options: Any) -> str:
     """Like transformers' filter: plain JSON, not escaped for HTML."""
+    value = list(value) if isinstance(value, GeneratorType) else value  # what the filter ``map`` returns
     return json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(int(indent), 8))
 
 
@@ -146,6 +147,12 @@ class ChatTemplate:
     def render(self, messages: list[ChatMessage], *, add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None) -> str:
         """Return the prompt of a conversation. Raises ``TemplateError`` if the template refuses it or breaks a limit."""
         data = [{"role": message.role, "content": message.content} for message in messages]
+        return self.render_data(data, add_generation_prompt=add_generation_prompt, variables=variables)
+
+    def render_data(
+        self, data: list[dict[str, Any]], *, add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None
+    ) -> str:
+        """Return the prompt of messages in the form that templates read. Raises ``TemplateError`` as ``render`` does."""
         parts, size = [], 0
         try:
             with _time_limit(TIME_LIMIT_SECONDS):

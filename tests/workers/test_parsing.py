@@ -47,7 +47,7 @@ def test_stop_strings_cut_where_the_whole_text_would_be_cut(text: str, stops: li
         passed += scanner.feed(text[i : i + size])
         if scanner.found:
             break
-    passed += scanner.finish()
+    passed += scanner.release()
     seen = text[: i + size] if text else ""
     positions = [seen.find(stop) for stop in stops if stop in seen]
     assert passed == (seen[: min(positions)] if positions else text)

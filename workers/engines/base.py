@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from workers.constraints import Constraint
-from workers.schemas import LoadConfig, OutputFormat, SamplingParams
+from workers.constraints import Constraint, ConstraintFactory
+from workers.schemas import LoadConfig, SamplingParams
 
 
 @dataclass(slots=True)
@@ -109,8 +109,8 @@ class Engine(Protocol):
     def is_end(self, token: int) -> bool:
         """Return whether the token ends a generation."""
 
-    def make_constraint(self, wanted: OutputFormat) -> Constraint:
-        """Compile a response format. Raises ``InvalidRequest`` if that is not possible."""
+    def constraints(self) -> ConstraintFactory:
+        """Return what makes constraints over the vocabulary."""
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. It is admitted, perhaps after others, in one of the next steps."""

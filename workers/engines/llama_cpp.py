@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from workers.constraints import Constraint, ConstraintFactory
+from workers.constraints import ConstraintFactory
 from workers.engines.base import EngineInfo, Logprob, Sampled, Sequence, StepResult
 from workers.engines.kv_park import MIN_TOKENS, KvPark, Parked
 from workers.engines.llama_context import Context, Model
 from workers.engines.llama_sampling import TokenSampler, likeliest, log_probabilities
+from workers.parsing.tools.families import VISIBLE
 from workers.scheduler import Admission, Chunk, Scheduler, Slot
-from workers.schemas import LoadConfig, OutputFormat
+from workers.schemas import LoadConfig
 
 import llama_cpp.llama_cpp as C  # isort: skip
 
@@ -23,7 +24,7 @@ EXTRA_CELLS_BYTES = 64 * 1024 * 1024
 TARGET_STEP_SECONDS = 0.08
 TARGET_STEP_FACTOR = 4.0
 #: Special tokens that parsers need to see in the text.
-VISIBLE_SPECIALS = {"<think>", "</think>"}
+VISIBLE_SPECIALS = VISIBLE | {"<think>", "</think>"}
 
 
 @dataclass(slots=True)
@@ -83,11 +84,11 @@ class LlamaEngine:
         """Return whether the token ends a generation."""
         return bool(C.llama_vocab_is_eog(self.model.vocab, token))
 
-    def make_constraint(self, wanted: OutputFormat) -> Constraint:
-        """Compile a response format."""
+    def constraints(self) -> ConstraintFactory:
+        """Return what makes constraints over the vocabulary."""
         if self._constraints is None:  # takes up to a second for a large vocabulary, so not before somebody asks
             self._constraints = ConstraintFactory(self.model.grammar_tokenizer())
-        return self._constraints.make(wanted)
+        return self._constraints
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""

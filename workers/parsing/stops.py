@@ -25,8 +25,8 @@ class StopScanner:
         passed, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return passed
 
-    def finish(self) -> str:
-        """Return what is still held back: the text ended without the rest of a stop string."""
+    def release(self) -> str:
+        """Return what is still held back: the text ended, or went on elsewhere, without the rest of a stop string."""
         passed, self._held = self._held, ""
         return "" if self.found else passed
 
