@@ -21,11 +21,11 @@ from redis.exceptions import RedisError
 
 from lmweb.access import Action, Principal, require
 from lmweb.db import run_db
-from lmweb.errors import ModelNotFound, NotFound
+from lmweb.errors import InvalidRequest, ModelNotFound, NotFound
 from models_app.models import Generation, InstalledModel
 from workers import dispatch, stream
 from workers.events import AnyEvent, ChatEnd, Error, ErrorInfo, Result, Snapshot, Stats, encode_events, output_items
-from workers.schemas import GenerationRequest, request_to_builtins
+from workers.schemas import AnyRequest, GenerationRequest, request_to_builtins
 
 SILENCE_SECONDS = 2.0
 #: How long a message may take to its worker before the reaper sends it again.
@@ -45,16 +45,17 @@ def resolve_model(principal: Principal, name: str) -> InstalledModel:
     raise ModelNotFound(f"There is no model '{name[:200]}'.{hint}", param="model")
 
 
-def start_generation(
-    *, principal: Principal, request: GenerationRequest, source: str, generation_id: uuid.UUID | None = None
-) -> Generation:
+def start_generation(*, principal: Principal, request: AnyRequest, source: str, generation_id: uuid.UUID | None = None) -> Generation:
     """Check, write the row (``queued``) and send it to a node once the transaction commits. Returns at once.
 
-    Raises ``PermissionDenied`` or ``ModelNotFound``. What is wrong with the prompt itself (too long, refused by the chat
+    Raises ``PermissionDenied``, ``ModelNotFound``, or ``InvalidRequest`` for a chat with a model that only makes embeddings (a
+    language model does both). What is wrong with the prompt itself (too long, refused by the chat
     template) is known to the runner only and arrives as an ``error`` event.
     """
     require(principal, Action.GENERATE)
     model = resolve_model(principal, request.model)
+    if model.type == InstalledModel.Type.EMBEDDING and isinstance(request, GenerationRequest):
+        raise InvalidRequest(f"{model.key} is an embedding model: it turns texts into vectors and cannot chat.", param="model")
     node = dispatch.choose_node(model.pk)
     with _model_still_there(request.model):
         generation = Generation.objects.create(

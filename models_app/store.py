@@ -15,13 +15,14 @@ from django.conf import settings
 from django.db import close_old_connections, connection, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import F, Q
+from django.db.models.expressions import RawSQL
 from django.utils import timezone
 
 from lmweb.db import drop_dead_connections
 from models_app.models import Generation, InstalledModel, ModelInstance
 from workers.events import Stats
 from workers.models import WorkerNode
-from workers.schemas import GenerationRequest, LoadConfig, ToolCall
+from workers.schemas import LoadConfig, ToolCall, request_from_json
 from workers.store import Claim, Instance, ModelFile, Outcome, Progress
 
 LEASE_SECONDS = 15
@@ -136,6 +137,7 @@ class DjangoStore:
         with _brief(durable=True):
             for outcome in outcomes:
                 p, error = outcome.progress, outcome.error
+                request = RawSQL("request - 'inputs'", ()) if outcome.drop_inputs else F("request")
                 updated = (
                     self._mine()
                     .filter(pk=p.id)
@@ -148,6 +150,7 @@ class DjangoStore:
                         output_tokens=p.output_tokens,
                         resumes=p.resumes,
                         stats=msgspec.to_builtins(outcome.stats),
+                        request=request,
                         error_code=error.code if error else "",
                         error_message=error.message if error else "",
                         lease_until=None,
@@ -233,7 +236,7 @@ class DjangoStore:
 
 def _claim(row: dict[str, Any]) -> Claim:
     """Return what ``_CLAIM`` returned as the worker knows it; JSON columns arrive as text."""
-    request = msgspec.json.decode(row["request"], type=GenerationRequest, strict=False)
+    request = request_from_json(row["request"])
     return Claim(
         id=str(row["id"]),
         owner=str(row["user_id"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
+from bench.make_bert import PRESETS as BERT_PRESETS, write_bert
 from bench.make_gguf import CHATML, PRESETS, Shape, Vocabulary, write_model
 
 STARTER_GGUF = Path(__file__).resolve().parent.parent / "models_app" / "starter" / "lmweb-starter.gguf"
@@ -37,3 +38,8 @@ def make_micro(
     return write_model(
         path, shape, starter_vocabulary(), architecture=architecture, name=name, context=context, seed=seed, chat_template=chat_template
     )
+
+
+def make_micro_bert(path: Path, *, seed: int = 0, name: str = "micro-bert", context: int = 512) -> Path:
+    """Write a bert-type embedding model (width 64, mean pooling) to ``path`` and return it. ``context`` is in tokens."""
+    return write_bert(path, BERT_PRESETS["micro"], name=name, context=context, seed=seed)

@@ -129,6 +129,14 @@ class ToolCallArguments(Event, tag="tool_call.arguments"):
     content: str
 
 
+class EmbeddingVectors(Event, tag="embedding.vectors"):
+    """Vectors of an embedding request, from input ``start`` on: 32-bit little-endian floats, ``width`` per input."""
+
+    start: int
+    width: int
+    data: bytes
+
+
 class Snapshot(Event, tag="generation.snapshot"):
     """All text so far; replaces what a viewer has. Sent when a stream was lost and the row took its place."""
 
@@ -201,7 +209,7 @@ class ChatEnd(Event, tag="chat.end"):
 AnyEvent = (
     ChatStart | QueueUpdate | ModelLoadStart | ModelLoadProgress | ModelLoadEnd | ContextOverflow | PromptProcessingStart | PromptProcessingProgress
     | PromptProcessingEnd | ReasoningStart | ReasoningDelta | ReasoningEnd | MessageStart | MessageDelta | MessageEnd | ToolCallStart
-    | ToolCallArguments | Snapshot | Error | ChatEnd
+    | ToolCallArguments | Snapshot | EmbeddingVectors | Error | ChatEnd
 )  # fmt: skip
 
 _encoder = msgspec.json.Encoder()

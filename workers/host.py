@@ -25,9 +25,10 @@ from workers.events import (
     ModelLoadStart,
     Stats,
 )
-from workers.protocol import Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
+from workers.protocol import Embed, Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
 from workers.relay import ENTRY_SECONDS, Live, StreamWriter, end_events, interrupted
 from workers.runner_process import RunnerProcess
+from workers.schemas import EmbeddingRequest
 from workers.store import Instance, ModelFile, Outcome, Progress, Store
 
 logger = logging.getLogger(__name__)
@@ -207,7 +208,10 @@ class Host:
             if not live.seq:
                 live.add([ChatStart(model_instance_id=runner.identifier)])  # leaves with the first token, not before it
         claim = live.claim
-        runner.submit(Submit(generation_id=live.id, request=claim.request, owner=claim.owner, output_tokens=tokens))
+        if isinstance(claim.request, EmbeddingRequest):
+            runner.submit(Embed(generation_id=live.id, request=claim.request, owner=claim.owner))
+        else:
+            runner.submit(Submit(generation_id=live.id, request=claim.request, owner=claim.owner, output_tokens=tokens))
 
     # --- what runners say ----------------------------------------------------------------------------------------------
 
@@ -355,7 +359,7 @@ class Host:
             live.ended = True
         self._write([live])
         with live.lock:
-            outcome = Outcome(live.progress(), status, stats, error)
+            outcome = Outcome(live.progress(), status, stats, error, drop_inputs=live.is_embedding)
         with self._lock:
             self._ends.append((live, outcome))
         self._wake_saver.set()

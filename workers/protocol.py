@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from workers.events import AnyEvent, ErrorInfo, Stats
-from workers.schemas import GenerationRequest, LoadConfig
+from workers.schemas import EmbeddingRequest, GenerationRequest, LoadConfig
 
 MAX_FRAME_BYTES: Final = 256 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
@@ -47,6 +47,14 @@ class Submit(Message):
     output_tokens: list[int] = []
 
 
+class Embed(Message):
+    """Compute embeddings; they come as ``workers.events.EmbeddingVectors``."""
+
+    generation_id: str
+    request: EmbeddingRequest
+    owner: str
+
+
 class Cancel(Message):
     """End a generation between two steps; its slot is free afterwards. Unknown ids are ignored."""
 
@@ -57,7 +65,7 @@ class Shutdown(Message):
     """Free everything and exit."""
 
 
-HostMessage = Load | Submit | Cancel | Shutdown
+HostMessage = Load | Submit | Embed | Cancel | Shutdown
 
 # --- runner to host ---------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from workers.events import (
     encode_events,
     output_items,
 )
-from workers.schemas import ToolCall
+from workers.schemas import EmbeddingRequest, ToolCall
 from workers.store import Claim, Outcome, Progress
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,16 @@ class Live:
     def id(self) -> str:
         """Return the generation's id."""
         return self.claim.id
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether vectors are wanted, not an answer."""
+        return isinstance(self.claim.request, EmbeddingRequest)
+
+    @property
+    def expire_seconds(self) -> int:
+        """Return how long the stream stays after the end."""
+        return stream.EMBEDDING_EXPIRE_SECONDS if self.is_embedding else stream.EXPIRE_SECONDS
 
     def add(self, events: Iterable[AnyEvent], tokens: Iterable[int] = ()) -> None:
         """Take what a step brought."""
@@ -187,7 +197,7 @@ class StreamWriter:
                 self._write(lives, last=False)
             for live in lives:
                 if live.ended and live.entries:
-                    self._client.expire(stream.key(live.id), stream.EXPIRE_SECONDS)
+                    self._client.expire(stream.key(live.id), live.expire_seconds)
         except (RedisError, OSError):
             return False
         self._behind.clear()
@@ -201,7 +211,7 @@ class StreamWriter:
             for entry in entries:
                 stream.add(pipe, live.id, entry)
             if last or (entries and live.sent == 0):
-                pipe.expire(stream.key(live.id), stream.EXPIRE_SECONDS if last else stream.RUNNING_EXPIRE_SECONDS)
+                pipe.expire(stream.key(live.id), live.expire_seconds if last else stream.RUNNING_EXPIRE_SECONDS)
             counts.append((live, live.sent + len(entries)))
         for result in pipe.execute(raise_on_error=False):
             # An explicit id that exists already means that an earlier try arrived: stored is stored.

@@ -25,6 +25,7 @@ import msgspec
 
 from lmweb.errors import ContextLengthExceeded, InvalidRequest, LmwebError, ModelLoadFailed
 from workers.constraints import Constraint
+from workers.embeddings import EmbeddingQueue
 from workers.engines import registry
 from workers.engines.base import Engine, Logprob, Sampled, Sequence, StepResult
 from workers.events import (
@@ -44,7 +45,7 @@ from workers.parsing.output import OutputParser, replay
 from workers.parsing.tools.prompts import ToolPrompt
 from workers.parsing.tools.reader import CallReader
 from workers.parsing.tools.requests import call_limit, callable_tools, grammars, usable_tools
-from workers.protocol import Cancel, Channel, HostMessage, Load, Loaded, LoadFailed, LoadProgress, Output, Shutdown, Step, Submit
+from workers.protocol import Cancel, Channel, Embed, HostMessage, Load, Loaded, LoadFailed, LoadProgress, Output, Shutdown, Step, Submit
 from workers.schemas import ChatMessage, GenerationRequest, Tool
 from workers.templates import ChatTemplate
 
@@ -97,6 +98,16 @@ class Runner:
         self._shared_prefix = lru_cache(maxsize=256)(self._render_shared_prefix)
         self._log = step_log
         self._queue = QueueReport(engine.info.parallel)
+        self._embeddings = EmbeddingQueue(engine.embedder, engine.info.vocab_size)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.engine.has_work or self._embeddings.has_work
+
+    def embed(self, message: Embed) -> Output | None:
+        """Queue an embedding request; returns its only output if it is refused."""
+        return self._embeddings.submit(message)
 
     @cached_property
     def _tool_prompt(self) -> ToolPrompt:
@@ -126,12 +137,19 @@ class Runner:
         """End a generation; returns its last output, or None if it is not running here."""
         job = self.jobs.pop(message.generation_id, None)
         if job is None:
-            return None
+            return self._embeddings.cancel(message.generation_id)
         self.engine.remove(message.generation_id)
         return Output(generation_id=message.generation_id, events=job.parser.finish(), stats=job.stats("userStopped"))
 
     def step(self) -> Step:
-        """Advance the engine by one step and return what it brought."""
+        """Advance the engine by one step, and the embeddings by one batch; return what that brought."""
+        generating = self.engine.has_work
+        outputs = self._generate() if generating else []
+        if self._embeddings.has_work:
+            outputs += self._embeddings.step(shared=generating)
+        return Step(outputs=outputs)
+
+    def _generate(self) -> list[Output]:
         result = self.engine.step()
         outputs: dict[str, tuple[list[AnyEvent], list[int]]] = {}
         for sequence, done in result.prefilled:
@@ -152,17 +170,15 @@ class Runner:
             outputs.setdefault(generation_id, ([], []))[0].append(event)
         self._log.write(result)
         nothing = (None, None)
-        return Step(
-            outputs=[
-                Output(
-                    generation_id=key, events=events, tokens=kept, stats=finished.get(key, nothing)[0], error=finished.get(key, nothing)[1]
-                )
-                for key, (events, kept) in outputs.items()
-            ]
-        )
+        return [
+            Output(generation_id=key, events=events, tokens=kept, stats=finished.get(key, nothing)[0], error=finished.get(key, nothing)[1])
+            for key, (events, kept) in outputs.items()
+        ]
 
     def _prepare(self, message: Submit) -> Job:
         request, info = message.request, self.engine.info
+        if not info.can_generate:
+            raise InvalidRequest("This model makes embeddings; it cannot chat.", param="model")
         messages, prompt_text, prompt = self._fit(request)
         if not prompt:
             raise InvalidRequest("The prompt is empty.", param="messages")
@@ -415,14 +431,14 @@ def load(channel: Channel, message: Load) -> Engine:
 def serve(channel: Channel, runner: Runner, step_log: StepLog) -> None:
     """The loop: drain the inbox, step, send. Blocks while there is nothing to do; returns on ``Shutdown``."""
     while True:
-        while _readable(channel, wait=not runner.engine.has_work, before_waiting=step_log.flush):
+        while _readable(channel, wait=not runner.has_work, before_waiting=step_log.flush):
             for message in channel.receive():
                 if isinstance(message, Shutdown):
                     return
                 output = _handle(runner, message)  # type: ignore[arg-type]
                 if output is not None:
                     channel.send(Step(outputs=[output]))
-        if runner.engine.has_work:
+        if runner.has_work:
             step = runner.step()
             if step.outputs:
                 channel.send(step)
@@ -431,6 +447,8 @@ def serve(channel: Channel, runner: Runner, step_log: StepLog) -> None:
 def _handle(runner: Runner, message: HostMessage) -> Output | None:
     if isinstance(message, Submit):
         return runner.submit(message)
+    if isinstance(message, Embed):
+        return runner.embed(message)
     if isinstance(message, Cancel):
         return runner.cancel(message)
     raise TypeError(f"unexpected message {type(message).__name__}")

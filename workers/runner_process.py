@@ -17,7 +17,7 @@ import msgspec
 import psutil
 
 from workers.engines.registry import FORMATS
-from workers.protocol import Cancel, Channel, HostMessage, Load, RunnerMessage, Shutdown, Submit
+from workers.protocol import Cancel, Channel, Embed, HostMessage, Load, RunnerMessage, Shutdown, Submit
 from workers.store import Instance
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class RunnerProcess:
         """Return the instance's identifier."""
         return self.instance.identifier
 
-    def submit(self, message: Submit) -> None:
+    def submit(self, message: Submit | Embed) -> None:
         """Hand over a generation. A runner that has just died is noticed by its reader thread, so errors are dropped."""
         self._send(message)
 

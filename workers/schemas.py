@@ -21,6 +21,7 @@ MAX_FORMAT_CHARACTERS = 256 * 1024
 MAX_TOP_LOGPROBS = 20
 MAX_TOOLS = 512
 MAX_TOOL_CALLS = 128
+MAX_EMBEDDING_INPUTS = 2048
 
 
 class Lane(IntEnum):
@@ -134,6 +135,23 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only
     lane: Lane = Lane.API
 
 
+class EmbeddingRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What is to be turned into vectors: texts, or token ids of the model's own vocabulary.
+
+    ``dimensions`` shortens the vectors of models that were trained for it. ``truncate`` cuts inputs that are longer than the
+    context; without it they are an error.
+    """
+
+    model: Annotated[str, Meta(min_length=1, max_length=512)]
+    inputs: Annotated[list[str | list[int]], Meta(min_length=1, max_length=MAX_EMBEDDING_INPUTS)]
+    dimensions: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    truncate: bool = False
+    lane: Lane = Lane.API
+
+
+AnyRequest = GenerationRequest | EmbeddingRequest
+
+
 class LoadConfig(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """How a model is loaded. Names as in LM Studio's REST v1 ``models/load``.
 
@@ -150,7 +168,7 @@ class LoadConfig(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     cpu_threads: Annotated[int, Meta(ge=0, le=1024)] = 0
 
 
-def request_to_builtins(request: GenerationRequest) -> dict[str, Any]:
+def request_to_builtins(request: AnyRequest) -> dict[str, Any]:
     """Return the request as JSON-serialisable data, for the ``Generation`` row."""
     data: dict[str, Any] = msgspec.to_builtins(request, str_keys=True)
     return data
@@ -159,3 +177,14 @@ def request_to_builtins(request: GenerationRequest) -> dict[str, Any]:
 def request_from_builtins(data: dict[str, Any]) -> GenerationRequest:
     """Rebuild a stored request. Raises ``msgspec.ValidationError`` for data that is not one."""
     return msgspec.convert(data, GenerationRequest, strict=False)
+
+
+class _Kind(msgspec.Struct):
+    inputs: msgspec.Raw = msgspec.Raw()
+
+
+def request_from_json(text: str) -> AnyRequest:
+    """Rebuild a stored request of either kind. Raises ``msgspec.ValidationError`` for a text that is none."""
+    if msgspec.json.decode(text, type=_Kind).inputs:
+        return msgspec.json.decode(text, type=EmbeddingRequest)
+    return msgspec.json.decode(text, type=GenerationRequest, strict=False)

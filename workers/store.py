@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from workers.events import ErrorInfo, Stats
-from workers.schemas import GenerationRequest, LoadConfig, ToolCall
+from workers.schemas import AnyRequest, LoadConfig, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Claim:
     owner: str
     model: ModelFile
     identifier: str
-    request: GenerationRequest
+    request: AnyRequest
     resumes: int = 0
     seq: int = 0
     content: str = ""
@@ -65,12 +65,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of a generation."""
+    """The end of a generation. What was embedded is not kept: ``drop_inputs``."""
 
     progress: Progress
     status: str
     stats: Stats
     error: ErrorInfo | None = None
+    drop_inputs: bool = False
 
 
 class Store(Protocol):

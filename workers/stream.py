@@ -19,6 +19,8 @@ from redis.retry import Retry
 
 EXPIRE_SECONDS = 15 * 60
 RUNNING_EXPIRE_SECONDS = 24 * 3600
+#: Vectors are large, and read once by the request that waits for them.
+EMBEDDING_EXPIRE_SECONDS = 60
 
 
 @dataclass(frozen=True)

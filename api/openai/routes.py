@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 
 import msgspec
@@ -15,7 +15,7 @@ from ninja import Router
 from api import sse
 from api.auth import carries_secret, principal_of, secret_of
 from api.feed import Begun, Feed
-from api.openai import translate
+from api.openai import embeddings, translate
 from api.openai.schemas import ChatCompletionRequest, Model, ModelList
 from lmweb.access import Action, Principal, authenticate_token, require
 from lmweb.db import run_db
@@ -89,6 +89,26 @@ def _begin(request: HttpRequest, generation_id: uuid.UUID) -> Begun[ChatCompleti
     return Begun(principal, generation, body)
 
 
+@router.post("/embeddings", auth=carries_secret)
+async def create_embeddings(request: HttpRequest) -> HttpResponse:
+    """Turn texts into vectors. A closed connection cancels the rest."""
+    feed, collector = await Feed.start(partial(_begin_embeddings, request))
+    try:
+        end = await _end(feed, collector.take)
+    finally:
+        feed.close()
+    return json_response(collector.answer(feed.generation.model_key, end.result.stats))
+
+
+def _begin_embeddings(request: HttpRequest, generation_id: uuid.UUID) -> Begun[embeddings.Collector]:
+    """Authenticate, parse and start."""
+    principal = authenticate_token(secret_of(request))
+    body = embeddings.parse_request(_json_body(request))
+    native = embeddings.to_embedding_request(body)
+    generation = start_generation(principal=principal, request=native, source="openai", generation_id=generation_id)
+    return Begun(principal, generation, embeddings.Collector(len(native.inputs), as_base64=body.encoding_format == "base64"))
+
+
 def _visible_models(principal: Principal) -> list[Model]:
     """Return every name that a request may use: models by key, then loaded ones by the identifiers that they were given."""
     require(principal, Action.READ_MODELS)
@@ -119,10 +139,12 @@ def _json_body(request: HttpRequest) -> bytes:
     return request.body
 
 
-async def _end(feed: Feed) -> ChatEnd:
-    """Wait for the last event. Raises the error that the generation failed with."""
+async def _end(feed: Feed, take: Callable[[list[AnyEvent]], None] | None = None) -> ChatEnd:
+    """Wait for the last event; ``take`` is given all of them. Raises the error that the generation failed with."""
     while events := await feed.events():
         _raise_failure(events)
+        if take:
+            take(events)
         for event in events:
             if isinstance(event, ChatEnd):
                 return event

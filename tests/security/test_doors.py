@@ -110,6 +110,8 @@ async def test_the_same_policy_at_every_door(secrets: Secrets, door: str, who: s
     assert (await call("GET", "/v1/models", headers=headers)).status == reads
     assert (await call("GET", "/v1/models/no/model", headers=headers)).status == (404 if reads == 200 else reads)
     assert (await call("POST", "/v1/chat/completions", headers=headers, json_body=body)).status == generates
+    body = {"model": "no/model", "input": "x"}
+    assert (await call("POST", "/v1/embeddings", headers=headers, json_body=body)).status == generates
 
 
 async def test_a_second_header_is_no_way_around(secrets: Secrets) -> None:

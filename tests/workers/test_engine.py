@@ -149,7 +149,7 @@ def test_newcomers_wait_for_a_prefix_that_is_being_computed(micro: Path) -> None
 
 
 def test_a_full_cache_preempts_and_loses_nothing(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.engines.llama_cpp.EXTRA_CELLS_BYTES", 0)
+    monkeypatch.setattr("workers.memory.EXTRA_CELLS_BYTES", 0)
     monkeypatch.setattr("workers.scheduler.RESERVED_OUTPUT", 0)  # admit too many on purpose
     engine = open_engine(micro, context_length=256, parallel=4)
     texts = [f"{word} " * 40 for word in WORDS[:4]]

@@ -7,9 +7,12 @@ only when it is chosen, so a library that is not installed costs nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from workers.constraints import Constraint, ConstraintFactory
 from workers.schemas import LoadConfig, SamplingParams
@@ -65,6 +68,7 @@ class EngineInfo:
     chat_template: str
     bos_text: str
     eos_text: str
+    can_generate: bool = True
 
 
 class Logprob(NamedTuple):
@@ -95,10 +99,39 @@ class StepResult:
     seconds: float = 0.0
 
 
+class Embedder(Protocol):
+    """Turns token lists into vectors.
+
+    Attributes:
+        limit: the longest input, in tokens.
+        width: numbers per vector.
+        batch_tokens: how many tokens of inputs are best computed together.
+        max_inputs: how many inputs a batch holds at most.
+        closing_tokens: how many tokens ``tokenize`` puts after a text.
+        can_shorten: whether the first part of a vector is a vector too.
+    """
+
+    limit: int
+    width: int
+    batch_tokens: int
+    max_inputs: int
+    closing_tokens: int
+    can_shorten: bool
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the tokens of a text, with those that the model wants around it."""
+
+    def embed(self, inputs: list[list[int]]) -> Iterator[NDArray[np.float32] | None]:
+        """Yield None while there is more to compute, then one row of length 1 per input, in their order."""
+
+
 class Engine(Protocol):
     """A loaded model. All methods are called from one thread."""
 
     info: EngineInfo
+
+    def embedder(self) -> Embedder:
+        """Return what computes embeddings. Raises ``ModelLoadFailed`` when there is no memory for it."""
 
     def tokenize(self, text: str, *, add_bos: bool) -> list[int]:
         """Return the tokens of a text in which special tokens count as such."""

@@ -66,6 +66,7 @@ class Model:
         self.vocab = C.llama_model_get_vocab(self.handle)
         self.vocab_size = C.llama_vocab_n_tokens(self.vocab)
         self.trained_context = C.llama_model_n_ctx_train(self.handle)
+        self.width = C.llama_model_n_embd_out(self.handle)
         self.size_bytes = C.llama_model_size(self.handle)
         self.can_cut = not (C.llama_model_is_recurrent(self.handle) or C.llama_model_is_hybrid(self.handle))
         self._buffer = ctypes.create_string_buffer(_PIECE_BYTES)
@@ -123,12 +124,27 @@ class Model:
 class Context:
     """The KV cache and compute state over a model, with its own batch arrays (pointers set once, filled through numpy)."""
 
-    def __init__(self, model: Model, *, cells: int, parallel: int, batch_tokens: int, threads: int, flash_attention: bool | None) -> None:
-        """Create the context. Raises ``ModelLoadFailed``, usually for lack of memory."""
+    def __init__(
+        self,
+        model: Model,
+        *,
+        cells: int,
+        parallel: int,
+        batch_tokens: int,
+        threads: int,
+        flash_attention: bool | None,
+        pooling: int | None = None,
+    ) -> None:
+        """Create the context, with ``pooling`` (llama.cpp's number) one that computes embeddings instead of logits.
+
+        Raises ``ModelLoadFailed``, usually for lack of memory.
+        """
         params = C.llama_context_default_params()
         params.n_ctx, params.n_seq_max = cells, parallel
         params.n_batch = params.n_ubatch = batch_tokens
-        params.n_outputs_max = parallel
+        params.n_outputs_max = parallel if pooling is None else batch_tokens
+        if pooling is not None:
+            params.embeddings, params.pooling_type = True, pooling
         params.n_threads = params.n_threads_batch = threads
         params.kv_unified, params.swa_full, params.no_perf = True, True, True
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
@@ -136,7 +152,7 @@ class Context:
         self.handle = C.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise ModelLoadFailed(f"llama.cpp could not create a context of {cells} tokens: {_log.reason()}")
-        self._vocab_size = model.vocab_size
+        self._vocab_size, self._width = model.vocab_size, model.width
         self._memory = C.llama_get_memory(self.handle)
         self.tokens = np.zeros(batch_tokens, np.int32)
         self.positions = np.zeros(batch_tokens, np.int32)
@@ -170,11 +186,30 @@ class Context:
 
     def logits(self, index: int) -> NDArray[np.float32]:
         """Return the logits of a batch entry as a writable view, valid until the next ``decode``."""
-        pointer = C.llama_get_logits_ith(self.handle, index)
-        array: NDArray[np.float32] = np.ctypeslib.as_array(
-            (ctypes.c_float * self._vocab_size).from_address(ctypes.addressof(pointer.contents))
-        )
+        return self._floats(C.llama_get_logits_ith(self.handle, index), self._vocab_size)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is a KV cache or a state; encoders have none and cannot generate."""
+        return bool(self._memory)
+
+    def embedding(self, sequence: int) -> NDArray[np.float32]:
+        """Return a copy of the pooled embedding of a sequence of the last batch."""
+        return self._floats(C.llama_get_embeddings_seq(self.handle, sequence), self._width).copy()
+
+    def token_embeddings(self, n: int) -> NDArray[np.float32]:
+        """Return the embeddings of the first ``n`` batch entries as a view, valid until the next ``decode``."""
+        return self._floats(C.llama_get_embeddings(self.handle), n * self._width).reshape(n, self._width)
+
+    @staticmethod
+    def _floats(pointer: Any, n: int) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = np.ctypeslib.as_array((ctypes.c_float * n).from_address(ctypes.addressof(pointer.contents)))
         return array
+
+    def clear_all(self) -> None:
+        """Remove all tokens of all sequences."""
+        if self._memory:
+            C.llama_memory_clear(self._memory, False)
 
     def copy(self, source: int, target: int, n: int) -> None:
         """Let ``target`` share the first ``n`` cells of ``source``."""

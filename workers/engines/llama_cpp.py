@@ -8,18 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from workers.constraints import ConstraintFactory
-from workers.engines.base import EngineInfo, Logprob, Sampled, Sequence, StepResult
+from workers.engines.base import Engine, EngineInfo, Logprob, Sampled, Sequence, StepResult
 from workers.engines.kv_park import MIN_TOKENS, KvPark, Parked
 from workers.engines.llama_context import Context, Model
+from workers.engines.llama_embedding import LlamaEmbedder, LlamaEmbeddingEngine, declared_pooling
 from workers.engines.llama_sampling import TokenSampler, likeliest, log_probabilities
+from workers.memory import kv_cells
 from workers.parsing.tools.families import VISIBLE
 from workers.scheduler import Admission, Chunk, Scheduler, Slot
 from workers.schemas import LoadConfig
 
 import llama_cpp.llama_cpp as C  # isort: skip
 
-#: Cells beyond one full context, so that short requests run side by side, cost at most this much memory.
-EXTRA_CELLS_BYTES = 64 * 1024 * 1024
 #: While anybody decodes, a step that also takes in a prompt should not last longer than this, or than a few plain steps.
 TARGET_STEP_SECONDS = 0.08
 TARGET_STEP_FACTOR = 4.0
@@ -63,10 +63,18 @@ class LlamaEngine:
     info: EngineInfo
     scheduler: Scheduler
     park: KvPark
+    make_embedder: Callable[[], LlamaEmbedder]
     _samplers: dict[str, TokenSampler] = field(default_factory=dict)
     _pieces: dict[int, bytes] = field(default_factory=dict)
     _constraints: ConstraintFactory | None = None
     _pace: _Pace = field(default_factory=_Pace)
+    _embedder: LlamaEmbedder | None = None
+
+    def embedder(self) -> LlamaEmbedder:
+        """Return what computes embeddings; made at the first use, because few language models are asked for any."""
+        if self._embedder is None:
+            self._embedder = self.make_embedder()
+        return self._embedder
 
     def tokenize(self, text: str, *, add_bos: bool) -> list[int]:
         """Return the tokens of a text."""
@@ -146,6 +154,8 @@ class LlamaEngine:
         """Free everything."""
         for sampler in self._samplers.values():
             sampler.close()
+        if self._embedder:
+            self._embedder.close()
         self.context.close()
         self.model.close()
 
@@ -243,22 +253,31 @@ class LlamaEngine:
         return result
 
 
-def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) -> LlamaEngine:
+def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) -> Engine:
     """Load a GGUF file. ``config.context_length`` and ``config.cpu_threads`` are set. Raises ``ModelLoadFailed``."""
     model = Model(path, gpu_layers=config.gpu_layers, on_progress=on_progress)
     context_length = min(config.context_length or model.trained_context, model.trained_context)
-    extra = EXTRA_CELLS_BYTES // max(1, model.kv_bytes_per_token())
-    cells = max(context_length, min(config.parallel * context_length, extra))
-    cells = -(-cells // 256) * 256
+    threads = config.cpu_threads or os.cpu_count() or 1
+    on_gpu = bool(config.gpu_layers) and bool(C.llama_supports_gpu_offload())
+
+    def make_embedder() -> LlamaEmbedder:
+        return LlamaEmbedder(model, limit=context_length, threads=threads, flash_attention=config.flash_attention, on_gpu=on_gpu)
+
+    if declared_pooling(model) is not None:
+        return _embedding_engine(model, make_embedder(), config)
+    cells = kv_cells(context_length, config.parallel, model.kv_bytes_per_token())
     batch_tokens = max(config.eval_batch_size, config.parallel)
     context = Context(
         model,
         cells=cells,
         parallel=config.parallel,
         batch_tokens=batch_tokens,
-        threads=config.cpu_threads or os.cpu_count() or 1,
+        threads=threads,
         flash_attention=config.flash_attention,
     )
+    if not context.has_memory:  # an encoder that does not say how its vectors are pooled
+        context.close()
+        return _embedding_engine(model, make_embedder(), config)
     info = EngineInfo(
         context_length=context_length,
         cells=cells,
@@ -271,7 +290,23 @@ def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) ->
         eos_text=model.token_text(C.llama_vocab_eos(model.vocab)),
     )
     scheduler = Scheduler(slots=config.parallel, cells=cells, batch_tokens=batch_tokens, can_share=model.can_cut)
-    return LlamaEngine(model, context, info, scheduler, KvPark(_park_bytes()))
+    return LlamaEngine(model, context, info, scheduler, KvPark(_park_bytes()), make_embedder)
+
+
+def _embedding_engine(model: Model, embedder: LlamaEmbedder, config: LoadConfig) -> LlamaEmbeddingEngine:
+    info = EngineInfo(
+        context_length=embedder.limit,
+        cells=0,
+        parallel=config.parallel,
+        vocab_size=model.vocab_size,
+        weights_bytes=model.size_bytes,
+        eval_batch_size=embedder.batch_tokens,
+        chat_template="",
+        bos_text="",
+        eos_text="",
+        can_generate=False,
+    )
+    return LlamaEmbeddingEngine(model, embedder, info)
 
 
 def _park_bytes() -> int:
