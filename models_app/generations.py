@@ -34,7 +34,7 @@ DISPATCH_SECONDS = 10
 
 def resolve_model(principal: Principal, name: str) -> InstalledModel:
     """Return the visible model of this key (any case) or loaded-instance identifier. Raises ``ModelNotFound``."""
-    visible = InstalledModel.objects.visible_to(principal).defer("chat_template")
+    visible = InstalledModel.objects.visible_to(principal).only("key", "publisher", "type", "created_at")
     if "\x00" not in name:
         found = visible.filter(key=name).first() or visible.filter(instances__identifier=name).first()
         found = found or visible.annotate(lower=Lower("key")).filter(lower=name.lower()).first()

@@ -21,7 +21,7 @@ from workers.schemas import LoadConfig
 import llama_cpp.llama_cpp as C  # isort: skip
 
 #: While anybody decodes, a step that also takes in a prompt should not last longer than this, or than a few plain steps.
-TARGET_STEP_SECONDS = 0.08
+TARGET_STEP_SECONDS = 0.2
 TARGET_STEP_FACTOR = 4.0
 #: Special tokens that parsers need to see in the text.
 VISIBLE_SPECIALS = VISIBLE | {"<think>", "</think>"}
