@@ -161,17 +161,22 @@ class Error(Event, tag="error"):
 
 
 class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """Token counts and timings of one generation, named as in LM Studio's REST v1; times in seconds."""
+    """Token counts and timings of one generation, named as in LM Studio's REST v1; times in seconds.
+
+    Ours alone: ``reasoning_time_seconds`` from the first token to the last of reasoning, and ``dropped_messages`` that did not fit.
+    """
 
     input_tokens: int = 0
     total_output_tokens: int = 0
     reasoning_output_tokens: int = 0
+    reasoning_time_seconds: float = 0.0
     cached_input_tokens: int = 0
     tokens_per_second: float = 0.0
     time_to_first_token_seconds: float = 0.0
     generation_time_seconds: float = 0.0
     model_load_time_seconds: float | None = None
     stop_reason: str = ""
+    dropped_messages: int = 0
 
 
 class OutputItem(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

@@ -69,6 +69,7 @@ class Job:
     call_limit: int | None = None
     prompt_announced: bool = False
     first_token_at: float | None = None
+    reasoned_until: float | None = None
 
     def stats(self, stop_reason: str) -> Stats:
         """Return the counts and timings so far."""
@@ -80,11 +81,13 @@ class Job:
             input_tokens=len(sequence.prompt),
             total_output_tokens=len(sequence.output),
             reasoning_output_tokens=self.parser.reasoning_tokens,
+            reasoning_time_seconds=round(self.reasoned_until - first, 6) if self.reasoned_until else 0.0,
             cached_input_tokens=sequence.cached,
             tokens_per_second=round((new_tokens - 1) / decode_seconds, 2) if new_tokens > 1 and decode_seconds > 0 else 0.0,
             time_to_first_token_seconds=round(first - sequence.submitted_at, 6),
             generation_time_seconds=round(now - sequence.submitted_at, 6),
             stop_reason=stop_reason,
+            dropped_messages=self.dropped_messages,
         )
 
 
@@ -300,6 +303,8 @@ class Runner:
             if sampled.logprobs:
                 job.parser.note_logprob(self._describe(sampled.logprobs[i]))
             events += job.parser.feed(self.engine.piece(token))
+            if job.parser.is_reasoning:
+                job.reasoned_until = time.perf_counter()
             if job.parser.stopped:
                 break
             if constraint is not None:

@@ -135,5 +135,6 @@ def test_thinking_is_kept_apart_from_the_answer(bench: Bench, starter: Installed
     bench.finished(generation)
     assert generation.reasoning
     assert "<think>" not in generation.reasoning + generation.content
+    assert 0 < generation.stats["reasoning_time_seconds"] < generation.stats["generation_time_seconds"]
     assert generation.content
     assert not any("think>" in event.content for event in bench.events(generation) if isinstance(event, MessageDelta))

@@ -59,6 +59,7 @@ def test_a_long_chat_goes_on_and_says_what_it_forgot(bench: Bench, starter: Inst
     assert len(told) == 1
     assert told[0].policy == policy
     assert 0 < told[0].dropped_messages < len(LONG_TALK)
+    assert generation.stats["dropped_messages"] == told[0].dropped_messages
     assert generation.stats["input_tokens"] <= 2048 * 3 // 4
 
 
