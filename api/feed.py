@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -31,11 +31,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Begun(Generic[T]):
-    """A generation that was started, for whom, and the dialect's request that asked for it."""
+    """A generation that was started (with ``others`` beside it), for whom, and the dialect's request that asked for it."""
 
     principal: Principal
     generation: Generation
     request: T
+    others: tuple[Generation, ...] = ()
 
 
 class Feed:
@@ -46,11 +47,17 @@ class Feed:
         self._principal = principal
         self._entries: AsyncIterator[Entry] = watch(str(generation.pk))
         self._next: asyncio.Future[Entry] | None = None
-        self._ended = False
+        self.ended = False
 
     @classmethod
     async def start(cls, begin: Callable[[uuid.UUID], Begun[T]]) -> tuple[Feed, T]:
-        """Start a generation with ``begin``, which runs in a database thread and is given the generation's id.
+        """Start a generation with ``begin``, which runs in a database thread and is given the generation's id."""
+        feeds, request = await cls.start_all(begin)
+        return feeds[0], request
+
+    @classmethod
+    async def start_all(cls, begin: Callable[[uuid.UUID], Begun[T]]) -> tuple[list[Feed], T]:
+        """Start a generation, and perhaps others beside it, with ``begin``.
 
         That thread cannot be interrupted: if the client goes away while it writes the row, the row is cancelled afterwards.
         """
@@ -60,21 +67,40 @@ class Feed:
         except asyncio.CancelledError:
             _in_background(_cancel_begun(starting))
             raise
-        return cls(begun.principal, begun.generation), begun.request
+        return [cls(begun.principal, generation) for generation in (begun.generation, *begun.others)], begun.request
+
+    @staticmethod
+    async def first(feeds: Sequence[Feed], timeout_seconds: float | None = None) -> tuple[int, list[AnyEvent]] | None:
+        """Return the events of the next step of any of several feeds, with its place among them.
+
+        None if nothing came in time; no events after the end of all.
+        """
+        while waits := {feed.waiting(): index for index, feed in enumerate(feeds) if not feed.ended}:
+            done, _ = await asyncio.wait(waits, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                return None
+            index = min(waits[future] for future in done)
+            if events := feeds[index].take():  # a step may bring tokens whose text is not certain yet
+                return index, events
+        return 0, []
 
     async def events(self, timeout_seconds: float | None = None) -> list[AnyEvent] | None:
         """Return the events of the next step; None if nothing came in time; an empty list after the end."""
-        if self._ended:
-            return []
-        # The wait goes on in the next call: cancelling it would end the iterator.
+        happening = await self.first([self], timeout_seconds)
+        return None if happening is None else happening[1]
+
+    def waiting(self) -> asyncio.Future[Entry]:
+        """Return the wait for the next entry; it goes on in the next call, because cancelling it would end the iterator."""
         self._next = self._next or asyncio.ensure_future(_following(self._entries))
-        done, _ = await asyncio.wait({self._next}, timeout=timeout_seconds)
-        if not done:
-            return None
+        return self._next
+
+    def take(self) -> list[AnyEvent]:
+        """Return the events of the entry that came."""
+        assert self._next is not None
         entry = self._next.result()
         self._next = None
         events = decode_events(entry.events)
-        self._ended = any(event.__struct_config__.tag == "chat.end" for event in events)
+        self.ended = any(event.__struct_config__.tag == "chat.end" for event in events)
         return events
 
     def close(self) -> None:
@@ -82,8 +108,8 @@ class Feed:
         if self._next:
             self._next.cancel()
             self._next = None
-        if not self._ended:
-            self._ended = True
+        if not self.ended:
+            self.ended = True
             _in_background(_cancel(self._principal, self.generation.pk))
 
 
@@ -97,7 +123,8 @@ async def _cancel_begun(starting: asyncio.Future[Begun[Any]]) -> None:
         begun = await starting
     except (LmwebError, DatabaseError):
         return
-    await _cancel(begun.principal, begun.generation.pk)
+    for generation in (begun.generation, *begun.others):
+        await _cancel(begun.principal, generation.pk)
 
 
 async def _cancel(principal: Principal, generation_id: uuid.UUID) -> None:

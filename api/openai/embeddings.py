@@ -10,7 +10,8 @@ from typing import Literal
 
 import msgspec
 
-from api.openai.translate import invalid, without_nul
+from api.openai.checks import without_nul
+from api.openai.translate import invalid
 from lmweb.errors import GenerationInterrupted, InvalidRequest
 from workers.events import AnyEvent, EmbeddingVectors, Stats
 from workers.schemas import MAX_EMBEDDING_INPUTS, EmbeddingRequest

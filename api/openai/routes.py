@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 
 import msgspec
+from django.db import transaction
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from ninja import Router
@@ -32,6 +33,8 @@ from workers.events import (
     QueueUpdate,
     ReasoningDelta,
     Snapshot,
+    TokenLogprob,
+    ToolCallStart,
 )
 
 router = Router()
@@ -64,29 +67,48 @@ async def get_model(request: HttpRequest, model_id: str) -> HttpResponse:
 
 @router.post("/chat/completions", auth=carries_secret)
 async def chat_completions(request: HttpRequest) -> HttpResponseBase:
-    """Answer a conversation, as a stream or at once. A closed connection cancels the generation.
+    """Answer a conversation, as a stream or at once, once or in several ways. A closed connection cancels it all.
 
     Time to the first token counts here, so all work before it that needs the database is one visit to a database thread;
     authentication comes first in it.
     """
-    feed, body = await Feed.start(partial(_begin, request))
+    feeds, body = await Feed.start_all(partial(_begin, request))
     if body.stream:
-        return await _stream(feed, body)
+        return await _stream(feeds, body)
     try:
-        end = await _end(feed)
+        answers = await asyncio.gather(*(_answer(feed, with_logprobs=bool(body.logprobs)) for feed in feeds))
     finally:
-        feed.close()
-    return json_response(translate.completion(feed.generation.pk, feed.generation.model_key, end))
+        _close(feeds)
+    return json_response(translate.completion(feeds[0].generation.pk, feeds[0].generation.model_key, answers))
 
 
 def _begin(request: HttpRequest, generation_id: uuid.UUID) -> Begun[ChatCompletionRequest]:
     """Authenticate, parse and start."""
     principal = authenticate_token(secret_of(request))
     body = translate.parse_request(_json_body(request))
-    generation = start_generation(
-        principal=principal, request=translate.to_generation_request(body), source="openai", generation_id=generation_id
-    )
-    return Begun(principal, generation, body)
+    native, n = translate.to_generation_request(body), translate.choices(body)
+    start = partial(start_generation, principal=principal, source="openai")
+    if n == 1:
+        return Begun(principal, start(request=native, generation_id=generation_id), body)
+    with transaction.atomic():  # all or none
+        first, *others = [start(request=translate.with_choice(native, index)) for index in range(n)]
+    return Begun(principal, first, body, tuple(others))
+
+
+async def _answer(feed: Feed, *, with_logprobs: bool) -> translate.Answer:
+    """Wait for the end of one choice. Raises the error that it failed with."""
+    logprobs: list[TokenLogprob] = []
+
+    def gather(events: list[AnyEvent]) -> None:
+        logprobs.extend(item for event in events if isinstance(event, MessageDelta) for item in event.logprobs)
+
+    end = await _end(feed, gather)
+    return translate.Answer(end, logprobs if with_logprobs else None)
+
+
+def _close(feeds: Iterable[Feed]) -> None:
+    for feed in feeds:
+        feed.close()
 
 
 @router.post("/embeddings", auth=carries_secret)
@@ -151,55 +173,61 @@ async def _end(feed: Feed, take: Callable[[list[AnyEvent]], None] | None = None)
     raise GenerationInterrupted("The answer ended without a result. Please send the request again.")
 
 
-async def _stream(feed: Feed, body: ChatCompletionRequest) -> HttpResponseBase:
+#: A choice and its events.
+Happening = tuple[int, list[AnyEvent]]
+
+
+async def _stream(feeds: list[Feed], body: ChatCompletionRequest) -> HttpResponseBase:
     """Return the streaming response. The headers wait a little, so that failures before the first token are HTTP errors."""
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    translator = translate.ChunkTranslator(feed.generation.pk, feed.generation.model_key, include_usage=include_usage)
+    generation = feeds[0].generation
+    translator = translate.ChunkTranslator(generation.pk, generation.model_key, include_usage=include_usage, n=len(feeds))
     try:
-        head = await _head(feed)
-        first = b"".join(_written(translator, head))
+        head = await _head(feeds)
+        first = b"".join(written for happening in head for written in _written(translator, happening))
     except BaseException:
-        feed.close()
+        _close(feeds)
         raise
-    return sse.response(_written_stream(feed, translator, first, ended=_has_end(head)))
+    return sse.response(_written_stream(feeds, translator, first))
 
 
-async def _head(feed: Feed) -> list[AnyEvent]:
+async def _head(feeds: list[Feed]) -> list[Happening]:
     """Return the events up to the first text, the end, or the moment when headers must go out.
 
-    Raises the error that the generation failed with by then.
+    Raises the error that a generation failed with by then.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + HEADER_WAIT_SECONDS
-    head: list[AnyEvent] = []
+    head: list[Happening] = []
     while (remaining := deadline - loop.time()) > 0:
-        events = await feed.events(remaining)
-        if not events:
+        happening = await Feed.first(feeds, remaining)
+        if happening is None:
             break
-        _raise_failure(events)
-        head += events
-        if any(isinstance(event, MessageDelta | ReasoningDelta | Snapshot | ChatEnd) for event in events):
+        _raise_failure(happening[1])
+        head.append(happening)
+        if any(isinstance(event, MessageDelta | ReasoningDelta | ToolCallStart | Snapshot | ChatEnd) for event in happening[1]):
             break
     return head
 
 
-async def _written_stream(feed: Feed, translator: translate.ChunkTranslator, first: bytes, *, ended: bool) -> AsyncIterator[bytes]:
-    """Yield the bytes of a stream, and cancel the generation if the client goes away."""
+async def _written_stream(feeds: list[Feed], translator: translate.ChunkTranslator, first: bytes) -> AsyncIterator[bytes]:
+    """Yield the bytes of a stream, and cancel the generations if the client goes away, or one of them fails."""
     try:
         yield first or sse.KEEP_ALIVE
-        while not ended:
-            events = await feed.events(KEEP_ALIVE_SECONDS)
-            if events is None:
+        while not translator.is_complete and not translator.failed:
+            happening = await Feed.first(feeds, KEEP_ALIVE_SECONDS)
+            if happening is None:
                 yield sse.KEEP_ALIVE
                 continue
-            ended = not events or _has_end(events)
-            written = b"".join(_written(translator, events))
+            if not happening[1]:
+                return
+            written = b"".join(_written(translator, happening))
             if written:
                 yield written
     except LmwebError as error:
         yield _written_error(error)
     finally:
-        feed.close()
+        _close(feeds)
 
 
 def _raise_failure(events: Iterable[AnyEvent]) -> None:
@@ -208,19 +236,16 @@ def _raise_failure(events: Iterable[AnyEvent]) -> None:
             raise translate.error_of(event.error)
 
 
-def _has_end(events: Iterable[AnyEvent]) -> bool:
-    return any(isinstance(event, ChatEnd) for event in events)
-
-
 def _written_error(error: LmwebError) -> bytes:
     return sse.data(_encoder.encode(translate.error_response(error)))
 
 
-def _written(translator: translate.ChunkTranslator, events: Iterable[AnyEvent]) -> Iterable[bytes]:
+def _written(translator: translate.ChunkTranslator, happening: Happening) -> Iterable[bytes]:
     """Yield the events as OpenAI's stream has them; what it has no word for becomes a comment that keeps the connection awake.
 
     A failed generation ends with an error event and without ``[DONE]``.
     """
+    index, events = happening
     for event in events:
         match event:
             case QueueUpdate():
@@ -231,7 +256,7 @@ def _written(translator: translate.ChunkTranslator, events: Iterable[AnyEvent]) 
                 yield sse.comment(f"reading the prompt {event.progress:.0%}")
             case Error():
                 yield _written_error(translate.error_of(event.error))
-        for chunk in translator.chunks(event):
+        for chunk in translator.chunks(event, index):
             yield sse.data(_encoder.encode(chunk))
-        if isinstance(event, ChatEnd) and not translator.failed:
+        if isinstance(event, ChatEnd) and translator.is_complete:
             yield sse.DONE

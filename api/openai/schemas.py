@@ -7,6 +7,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from workers.events import TokenLogprob
+
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
@@ -17,12 +19,28 @@ class ContentPart(msgspec.Struct, frozen=True):
     text: str | None = None
 
 
+class CalledFunction(msgspec.Struct, frozen=True):
+    """What was called; ``arguments`` is JSON text."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class MessageToolCall(msgspec.Struct, frozen=True):
+    """A call that an assistant's message made."""
+
+    id: str
+    function: CalledFunction | None = None
+    type: str = "function"
+
+
 class Message(msgspec.Struct, frozen=True):
     """One turn as clients send it."""
 
     role: str
     content: str | list[ContentPart] | None = None
-    tool_calls: Any = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
     function_call: Any = None
     audio: Any = None
 
@@ -33,11 +51,53 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
 
 
+class FunctionParam(msgspec.Struct, frozen=True):
+    """A function that the model may call; ``parameters`` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolParam(msgspec.Struct, frozen=True):
+    """A tool; only functions are supported."""
+
+    type: str
+    function: FunctionParam | None = None
+
+
+class FunctionName(msgspec.Struct, frozen=True):
+    """The name of a function."""
+
+    name: str
+
+
+class ToolChoice(msgspec.Struct, frozen=True):
+    """The choice of one function."""
+
+    type: str
+    function: FunctionName | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, frozen=True):
+    """A JSON schema for the answer."""
+
+    schema: dict[str, Any] | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True):
+    """What the answer must look like."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+
+
 class ChatCompletionRequest(msgspec.Struct, frozen=True):
     """The body of ``POST /v1/chat/completions``. None stands for "not given" everywhere, as in OpenAI's own schema.
 
-    ``top_k``, ``min_p``, ``repeat_penalty``, ``ignore_eos`` and ``chat_template_kwargs`` are not OpenAI's; LM Studio, llama.cpp
-    and vLLM read them.
+    ``top_k``, ``min_p``, ``repeat_penalty``, ``ignore_eos``, ``chat_template_kwargs``, ``guided_regex``, ``guided_grammar`` and
+    ``grammar`` are not OpenAI's; LM Studio, llama.cpp and vLLM read them.
     """
 
     model: str
@@ -59,15 +119,21 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True):
     ignore_eos: bool | None = None
     chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
 
+    n: int | None = None
+    tools: list[ToolParam] | None = None
+    tool_choice: str | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    service_tier: str | None = None
+
     # Known to OpenAI, would change the answer, not supported: refused by name unless they ask for nothing (translate.py).
-    n: Any = None
-    tools: Any = None
-    tool_choice: Any = None
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
@@ -78,7 +144,7 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True):
 
 # --- responses --------------------------------------------------------------------------------------------------------
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -103,20 +169,44 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens_details: CompletionTokensDetails
 
 
+class FunctionDelta(msgspec.Struct, frozen=True):
+    """The name of a called function, or more of its arguments."""
+
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """The beginning of a call, or more of it; ``index`` tells which call of the message."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta
+
+
 class Delta(msgspec.Struct, frozen=True):
     """What a chunk adds. ``reasoning_content`` is LM Studio's name for reasoning."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+
+
+class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """The log-probabilities of the tokens of the text."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
 
 
 class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """The only choice of a chunk."""
+    """What one choice adds with a chunk."""
 
     index: int = 0
     delta: Delta
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -131,21 +221,30 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
+class AnswerToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that the model made."""
+
+    id: str
+    type: str = "function"
+    function: CalledFunction
+
+
 class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole answer."""
+    """The whole answer; ``content`` is null if there is nothing but calls."""
 
     role: str = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
     reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[AnswerToolCall] | UnsetType = UNSET
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """The only choice of a completion."""
+    """One answer."""
 
     index: int = 0
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: FinishReason
 
 

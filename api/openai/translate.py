@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from api.openai import structured
+from api.openai.checks import without_nul
 from api.openai.schemas import (
     AnswerMessage,
+    AnswerToolCall,
+    CalledFunction,
     ChatCompletionRequest,
     Choice,
     Chunk,
@@ -22,28 +27,39 @@ from api.openai.schemas import (
     ErrorBody,
     ErrorResponse,
     FinishReason,
+    FunctionDelta,
+    Logprobs,
     Message,
     PromptTokensDetails,
+    ToolCallDelta,
     Usage,
 )
 from lmweb.errors import GenerationInterrupted, InvalidRequest, LmwebError, error_class
-from workers.events import AnyEvent, ChatEnd, Error, ErrorInfo, MessageDelta, ReasoningDelta, Snapshot, Stats
-from workers.schemas import GenerationRequest
+from workers.events import (
+    AnyEvent,
+    ChatEnd,
+    Error,
+    ErrorInfo,
+    MessageDelta,
+    ReasoningDelta,
+    Snapshot,
+    Stats,
+    TokenLogprob,
+    ToolCallArguments,
+    ToolCallStart,
+)
+from workers.schemas import GenerationRequest, Lane, ToolCall
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
-SUPPORTED_ROLES = ("system", "developer", "user", "assistant")
+SUPPORTED_ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_CHOICES = 8
+SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")
 
 #: Parameters that we do not support, each with the test for values that ask for nothing.
 UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    "n": lambda value: value == 1 and value is not True,
-    "tools": lambda value: value == [],
-    "tool_choice": lambda value: value in ("none", "auto"),
     "functions": lambda value: value == [],
     "function_call": lambda value: value in ("none", "auto"),
-    "response_format": lambda value: value == {"type": "text"},
-    "logprobs": lambda value: value is False,
-    "top_logprobs": lambda value: value == 0 and value is not False,
     "modalities": lambda value: value == ["text"],
     "audio": lambda value: False,
     "prediction": lambda value: False,
@@ -81,9 +97,15 @@ def to_generation_request(request: ChatCompletionRequest) -> GenerationRequest:
     _refuse_unsupported(request)
     data = {
         "model": request.model,
-        "messages": [{"role": message.role, "content": _text(message, index)} for index, message in enumerate(request.messages)],
+        "messages": [_message(message, f"messages[{index}]") for index, message in enumerate(request.messages)],
         "sampling": _sampling(request),
         "template_kwargs": _template_kwargs(request),
+        "output_format": structured.output_format(request),
+        "tools": structured.tools(request),
+        "tool_choice": structured.tool_choice(request),
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "top_logprobs": structured.top_logprobs(request),
+        "lane": _lane(request),
     }
     try:
         return msgspec.convert(data, GenerationRequest)
@@ -96,16 +118,43 @@ def _refuse_unsupported(request: ChatCompletionRequest) -> None:
         value = getattr(request, name)
         if value is None or asks_for_nothing(value):
             continue
-        if name == "n":
-            raise InvalidRequest("'n' must be 1: this server gives one choice per request.", param=name)
         raise InvalidRequest(f"'{name}' is not supported by this server. Leave it out.", param=name)
 
 
-def _text(message: Message, index: int) -> str:
+def choices(request: ChatCompletionRequest) -> int:
+    """Return how many answers are asked for. Raises ``InvalidRequest`` for too many."""
+    n = 1 if request.n is None else request.n
+    if not 1 <= n <= MAX_CHOICES:
+        raise InvalidRequest(f"'n' must be between 1 and {MAX_CHOICES}.", param="n")
+    return n
+
+
+def with_choice(request: GenerationRequest, index: int) -> GenerationRequest:
+    """Return the request for one of several answers: each has a seed of its own."""
+    seed = request.sampling.seed
+    if not index or seed is None:
+        return request
+    sampling = msgspec.structs.replace(request.sampling, seed=seed + index if seed < 2**62 else seed - index)
+    return msgspec.structs.replace(request, sampling=sampling)
+
+
+def _lane(request: ChatCompletionRequest) -> Lane:
+    """Return the lane: who chooses the tier ``flex`` lets others go first."""
+    if request.service_tier is not None and request.service_tier not in SERVICE_TIERS:
+        raise InvalidRequest(f"'service_tier' must be one of {', '.join(SERVICE_TIERS)}.", param="service_tier")
+    return Lane.BATCH if request.service_tier == "flex" else Lane.API
+
+
+def _message(message: Message, where: str) -> dict[str, Any]:
+    calls = structured.tool_calls(message, where)
+    text = "" if calls and message.content is None else _text(message, where)
+    return {"role": message.role, "content": text, "tool_calls": calls, "tool_call_id": structured.tool_call_id(message, where)}
+
+
+def _text(message: Message, where: str) -> str:
     """Return a message's text. Raises ``InvalidRequest`` for roles and parts that are not text."""
-    where = f"messages[{index}]"
-    if message.role in {"tool", "function"} or message.tool_calls or message.function_call:
-        raise InvalidRequest(f"'{where}' belongs to a tool call; tools are not supported by this server.", param=where)
+    if message.role == "function" or message.function_call:
+        raise InvalidRequest(f"'{where}' has a function call in OpenAI's old way; this server reads 'tool_calls'.", param=where)
     if message.role not in SUPPORTED_ROLES:
         raise InvalidRequest(f"'{where}.role' must be one of {', '.join(SUPPORTED_ROLES)}.", param=f"{where}.role")
     if message.audio:
@@ -153,13 +202,6 @@ def _template_kwargs(request: ChatCompletionRequest) -> dict[str, Any]:
     return given
 
 
-def without_nul(text: str, where: str) -> str:
-    """Return the text. Raises ``InvalidRequest`` for NUL characters, which neither the database nor a tokenizer takes."""
-    if "\x00" in text:
-        raise InvalidRequest(f"'{where}' contains a NUL character.", param=where)
-    return text
-
-
 def invalid(error: msgspec.ValidationError, max_tokens: str = "max_tokens") -> InvalidRequest:
     """Return the error in words that name the field as the client wrote it; ``max_tokens`` is the name that it used for that one."""
     message = str(error)
@@ -187,17 +229,20 @@ def completion_id(generation_id: uuid.UUID) -> str:
 
 def finish_reason(stats: Stats) -> FinishReason:
     """Return OpenAI's name of the reason why the answer ended."""
+    if stats.stop_reason == "toolCalls":
+        return "tool_calls"
     return "length" if stats.stop_reason in _LENGTH_REASONS else "stop"
 
 
-def usage(stats: Stats) -> Usage:
-    """Return the token counts."""
+def usage(stats: Sequence[Stats]) -> Usage:
+    """Return the token counts of all choices; they have the prompt in common."""
+    prompt, completion = stats[0].input_tokens, sum(each.total_output_tokens for each in stats)
     return Usage(
-        prompt_tokens=stats.input_tokens,
-        completion_tokens=stats.total_output_tokens,
-        total_tokens=stats.input_tokens + stats.total_output_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=stats.cached_input_tokens),
-        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=stats.reasoning_output_tokens),
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=stats[0].cached_input_tokens),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=sum(each.reasoning_output_tokens for each in stats)),
     )
 
 
@@ -218,82 +263,150 @@ def _error_type(status: int) -> str:
     return known.get(status, "invalid_request_error")
 
 
-def completion(generation_id: uuid.UUID, model: str, end: ChatEnd) -> Completion:
-    """Return the whole answer from the last event of its stream."""
-    texts = {"message": "", "reasoning": ""}
-    for item in end.result.output:
-        texts[item.type] = texts.get(item.type, "") + item.content
-    message = AnswerMessage(content=texts["message"], reasoning_content=texts["reasoning"] or msgspec.UNSET)
+@dataclass
+class Answer:
+    """A choice that has ended, with the log-probabilities that came on the way (None: not asked for)."""
+
+    end: ChatEnd
+    logprobs: list[TokenLogprob] | None = None
+
+
+def completion(generation_id: uuid.UUID, model: str, answers: Sequence[Answer]) -> Completion:
+    """Return the whole answer from the last events of its choices' streams."""
     return Completion(
         id=completion_id(generation_id),
         created=int(time.time()),
         model=model,
-        choices=[Choice(message=message, finish_reason=finish_reason(end.result.stats))],
-        usage=usage(end.result.stats),
+        choices=[_choice(index, answer) for index, answer in enumerate(answers)],
+        usage=usage([answer.end.result.stats for answer in answers]),
     )
 
 
-class ChunkTranslator:
-    """Turns the events of one generation into the chunks of one stream. It knows what was sent, so that a snapshot continues it."""
+def _choice(index: int, answer: Answer) -> Choice:
+    texts = {"message": "", "reasoning": ""}
+    calls: list[AnswerToolCall] = []
+    for item in answer.end.result.output:
+        texts[item.type] = texts.get(item.type, "") + item.content
+        if item.tool_call is not None:
+            function = CalledFunction(item.tool_call.name, item.tool_call.arguments)
+            calls.append(AnswerToolCall(id=item.tool_call.id, function=function))
+    message = AnswerMessage(
+        content=texts["message"] or (None if calls else ""),
+        reasoning_content=texts["reasoning"] or msgspec.UNSET,
+        tool_calls=calls or msgspec.UNSET,
+    )
+    logprobs = None if answer.logprobs is None else Logprobs(content=answer.logprobs)
+    return Choice(index=index, message=message, logprobs=logprobs, finish_reason=finish_reason(answer.end.result.stats))
 
-    def __init__(self, generation_id: uuid.UUID, model: str, *, include_usage: bool) -> None:
+
+class _Sent:
+    """What was sent of one choice, so that a snapshot continues it."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.content: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[ToolCall] = []
+        self.stats: Stats | None = None
+
+
+class ChunkTranslator:
+    """Turns the events of the generations of ``n`` choices into the chunks of one stream."""
+
+    def __init__(self, generation_id: uuid.UUID, model: str, *, include_usage: bool, n: int = 1) -> None:
         self._id = completion_id(generation_id)
         self._created = int(time.time())
         self._model = model
         self._include_usage = include_usage
+        self._choices = [_Sent() for _ in range(n)]
         self.failed = False
-        self._begun = False
-        self._content: list[str] = []
-        self._reasoning: list[str] = []
 
-    def chunks(self, event: AnyEvent) -> Iterator[Chunk]:
-        """Yield the chunks of one event; nothing after an error. Raises ``GenerationInterrupted`` if a snapshot contradicts what was sent."""
+    @property
+    def is_complete(self) -> bool:
+        """Whether all choices have ended well."""
+        return not self.failed and all(sent.stats is not None for sent in self._choices)
+
+    def chunks(self, event: AnyEvent, index: int = 0) -> Iterator[Chunk]:
+        """Yield the chunks of one event of a choice; nothing after an error.
+
+        Raises ``GenerationInterrupted`` if a snapshot contradicts what was sent.
+        """
         if self.failed:
             return
         match event:
-            case MessageDelta(content=text) if text:
-                yield from self._add(content=text)
+            case MessageDelta(content=text, logprobs=logprobs) if text:
+                yield from self._add(index, content=text, logprobs=logprobs)
             case ReasoningDelta(content=text) if text:
-                yield from self._add(reasoning=text)
+                yield from self._add(index, reasoning=text)
+            case ToolCallStart(tool=name, id=call_id):
+                yield from self._call(index, ToolCall(id=call_id, name=name, arguments=""))
+            case ToolCallArguments(content=text) if text:
+                yield from self._arguments(index, text)
             case Snapshot():
-                yield from self._catch_up(event)
+                yield from self._catch_up(index, event)
             case Error():
                 self.failed = True
             case ChatEnd():
-                yield from self._end(event.result.stats)
+                yield from self._end(index, event.result.stats)
 
-    def _add(self, *, content: str = "", reasoning: str = "") -> Iterator[Chunk]:
-        yield from self._begin()
+    def _add(self, index: int, *, content: str = "", reasoning: str = "", logprobs: list[TokenLogprob] | None = None) -> Iterator[Chunk]:
+        sent = self._choices[index]
+        yield from self._begin(index)
         if reasoning:
-            self._reasoning.append(reasoning)
-            yield self._chunk(Delta(reasoning_content=reasoning))
+            sent.reasoning.append(reasoning)
+            yield self._chunk(index, Delta(reasoning_content=reasoning))
         if content:
-            self._content.append(content)
-            yield self._chunk(Delta(content=content))
+            sent.content.append(content)
+            yield self._chunk(index, Delta(content=content), logprobs=logprobs)
 
-    def _begin(self) -> Iterator[Chunk]:
-        if not self._begun:
-            self._begun = True
-            yield self._chunk(Delta(role="assistant", content=""))
+    def _call(self, index: int, call: ToolCall) -> Iterator[Chunk]:
+        yield from self._begin(index)
+        calls = self._choices[index].calls
+        calls.append(call)
+        function = FunctionDelta(name=call.name, arguments=call.arguments)
+        yield self._chunk(index, Delta(tool_calls=[ToolCallDelta(index=len(calls) - 1, id=call.id, type="function", function=function)]))
 
-    def _catch_up(self, snapshot: Snapshot) -> Iterator[Chunk]:
+    def _arguments(self, index: int, text: str) -> Iterator[Chunk]:
+        calls = self._choices[index].calls
+        calls[-1] = msgspec.structs.replace(calls[-1], arguments=calls[-1].arguments + text)
+        delta = ToolCallDelta(index=len(calls) - 1, function=FunctionDelta(arguments=text))
+        yield self._chunk(index, Delta(tool_calls=[delta]))
+
+    def _begin(self, index: int) -> Iterator[Chunk]:
+        if not self._choices[index].begun:
+            self._choices[index].begun = True
+            yield self._chunk(index, Delta(role="assistant", content=""))
+
+    def _catch_up(self, index: int, snapshot: Snapshot) -> Iterator[Chunk]:
         """Send what the snapshot has beyond what was sent. What a client has read cannot be taken back."""
-        content, reasoning = "".join(self._content), "".join(self._reasoning)
-        if not snapshot.content.startswith(content) or not snapshot.reasoning.startswith(reasoning):
+        sent = self._choices[index]
+        content, reasoning = "".join(sent.content), "".join(sent.reasoning)
+        known = len(sent.calls)
+        same = [call.id for call in snapshot.tool_calls[:known]] == [call.id for call in sent.calls] and all(
+            new.arguments.startswith(old.arguments) for new, old in zip(snapshot.tool_calls, sent.calls, strict=False)
+        )
+        if not same or not snapshot.content.startswith(content) or not snapshot.reasoning.startswith(reasoning):
             raise GenerationInterrupted("The stream was interrupted and could not be continued. Please send the request again.")
-        yield from self._add(content=snapshot.content[len(content) :], reasoning=snapshot.reasoning[len(reasoning) :])
+        yield from self._add(index, content=snapshot.content[len(content) :], reasoning=snapshot.reasoning[len(reasoning) :])
+        if known and (more := snapshot.tool_calls[known - 1].arguments[len(sent.calls[-1].arguments) :]):
+            yield from self._arguments(index, more)
+        for call in snapshot.tool_calls[known:]:
+            yield from self._call(index, call)
 
-    def _end(self, stats: Stats) -> Iterator[Chunk]:
-        yield from self._begin()
-        yield self._chunk(Delta(), finish_reason(stats))
-        if self._include_usage:
-            yield Chunk(id=self._id, created=self._created, model=self._model, choices=[], usage=usage(stats))
+    def _end(self, index: int, stats: Stats) -> Iterator[Chunk]:
+        self._choices[index].stats = stats
+        yield from self._begin(index)
+        yield self._chunk(index, Delta(), finish_reason(stats))
+        ends = [sent.stats for sent in self._choices if sent.stats is not None]
+        if self._include_usage and self.is_complete:
+            yield Chunk(id=self._id, created=self._created, model=self._model, choices=[], usage=usage(ends))
 
-    def _chunk(self, delta: Delta, reason: FinishReason | None = None) -> Chunk:
+    def _chunk(self, index: int, delta: Delta, reason: FinishReason | None = None, *, logprobs: list[TokenLogprob] | None = None) -> Chunk:
+        reported = Logprobs(content=logprobs) if logprobs else None
         return Chunk(
             id=self._id,
             created=self._created,
             model=self._model,
-            choices=[ChunkChoice(delta=delta, finish_reason=reason)],
+            choices=[ChunkChoice(index=index, delta=delta, logprobs=reported, finish_reason=reason)],
             usage=None if self._include_usage else msgspec.UNSET,
         )

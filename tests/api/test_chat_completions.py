@@ -11,7 +11,7 @@ from lmweb.db import run_db
 from lmweb.models import ApiToken, User
 from models_app.models import Generation, InstalledModel, ModelInstance
 from tests.api.client import Call, call
-from tests.api.hand import hand, status_becomes_cancelled
+from tests.api.hand import Hand, hand, status_becomes_cancelled
 from workers.events import (
     Error,
     ErrorInfo,
@@ -178,6 +178,54 @@ async def test_a_snapshot_continues_what_was_sent(token: str, content: str, cont
         assert chunks[-1]["error"]["code"] == "generation_interrupted"
 
 
+async def test_several_choices_are_one_answer(token: str) -> None:
+    for mode in (True, False):
+        request = begin(token, n=2, seed=7, stream=mode, stream_options={"include_usage": True})
+        await hand(2 if mode else 4)
+        newest = await run_db(list, Generation.objects.order_by("-created_at")[:2])
+        assert sorted(row.request["sampling"]["seed"] for row in newest) == [7, 8]
+        workers = [Hand(row) for row in sorted(newest, key=lambda row: row.request["sampling"]["seed"])]
+        for worker, text in zip(workers, ("one", "two"), strict=True):
+            await run_db(worker.say, text)
+            await run_db(worker.end)
+        answer = await request.done()
+        if mode:
+            *chunks, done = answer.chunks()
+            assert done == "[DONE]"
+            texts = ["", ""]
+            for chunk in chunks[:-1]:
+                choice = chunk["choices"][0]
+                texts[choice["index"]] += choice["delta"].get("content", "")
+            assert {chunk["id"] for chunk in chunks} == {f"chatcmpl-{workers[0].id.replace('-', '')}"}
+            usage = chunks[-1]["usage"]
+        else:
+            texts = [choice["message"]["content"] for choice in answer.json()["choices"]]
+            usage = answer.json()["usage"]
+        assert texts == ["one", "two"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (7, 6)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+async def test_a_closed_connection_cancels_every_choice(token: str, mode: bool) -> None:
+    request = begin(token, n=3, stream=mode)
+    await hand(3)
+    await request.leave()
+    for row in await run_db(list, Generation.objects.all()):
+        assert await status_becomes_cancelled(str(row.pk))
+
+
+async def test_one_choice_that_fails_ends_the_others(token: str) -> None:
+    request = begin(token, n=2, stream=True)
+    worker = await hand(2)
+    await run_db(worker.say, "x")
+    await request.until('"x"')
+    await run_db(worker.end, Error(error=ErrorInfo(code="generation_interrupted", message="Lost.")), status="failed")
+    answer = await request.done()
+    assert answer.chunks()[-1]["error"]["code"] == "generation_interrupted"
+    other = await run_db(Generation.objects.exclude(pk=worker.id).get)
+    assert await status_becomes_cancelled(str(other.pk))
+
+
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("begun", [True, False])
 async def test_a_closed_connection_cancels(token: str, mode: bool, begun: bool) -> None:
@@ -230,6 +278,8 @@ async def test_cancelled_from_elsewhere_ends_properly(token: str) -> None:
     assert chunks[-1] == "[DONE]"
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
 BAD = [
     ({"model": "acme/none"}, 404, "model", "model_not_found"),
     ({"model": ""}, 400, "model", "invalid_request"),
@@ -246,7 +296,10 @@ BAD = [
     ({"messages": [{"role": "user", "content": "a\x00b"}]}, 400, "messages[0].content", "invalid_request"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0]", "invalid_request"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0].text", "invalid_request"),
-    ({"messages": [{"role": "tool", "content": "4"}]}, 400, "messages[0]", "invalid_request"),
+    ({"messages": [{"role": "tool", "content": "4"}]}, 400, "messages[0].tool_call_id", "invalid_request"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, 400, "messages[0].tool_calls", "invalid_request"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, 400, "messages[0].tool_calls[0]", "invalid_request"),
+    ({"messages": [{"role": "assistant", "function_call": {}}]}, 400, "messages[0].content", "invalid_request"),
     ({"temperature": "hot"}, 400, "temperature", "invalid_request"),
     ({"temperature": 9}, 400, "temperature", "invalid_request"),
     ({"temperature": True}, 400, "temperature", "invalid_request"),
@@ -264,10 +317,21 @@ BAD = [
     ({"stream_options": []}, 400, "stream_options", "invalid_request"),
     ({"chat_template_kwargs": {"messages": "x"}}, 400, "chat_template_kwargs", "invalid_request"),
     ({"chat_template_kwargs": {"x": [1]}}, 400, "chat_template_kwargs", "invalid_request"),
-    ({"n": 2}, 400, "n", "invalid_request"),
-    ({"tools": [{"type": "function"}]}, 400, "tools", "invalid_request"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "invalid_request"),
-    ({"logprobs": True}, 400, "logprobs", "invalid_request"),
+    ({"n": 0}, 400, "n", "invalid_request"),
+    ({"n": 9}, 400, "n", "invalid_request"),
+    ({"tools": [{"type": "function"}]}, 400, "tools[0]", "invalid_request"),
+    ({"tools": [{"type": "web_search"}]}, 400, "tools[0]", "invalid_request"),
+    ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, 400, "tools[0].name", "invalid_request"),
+    ({"tool_choice": "required"}, 400, "tool_choice", "invalid_request"),
+    ({"tool_choice": "maybe"}, 400, "tool_choice", "invalid_request"),
+    ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, 400, "tool_choice", "invalid_request"),
+    ({"functions": [{"name": "x"}]}, 400, "functions", "invalid_request"),
+    ({"response_format": {"type": "xml"}}, 400, "response_format", "invalid_request"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format", "invalid_request"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, 400, "guided_regex", "invalid_request"),
+    ({"top_logprobs": 3}, 400, "top_logprobs", "invalid_request"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_request"),
+    ({"service_tier": "gold"}, 400, "service_tier", "invalid_request"),
     ({"modalities": ["audio"]}, 400, "modalities", "invalid_request"),
 ]
 

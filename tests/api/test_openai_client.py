@@ -159,7 +159,7 @@ def test_closing_the_connection_frees_the_slot(live: Live, token: str, stream: b
     [
         ({"model": "nobody/nothing"}, openai.NotFoundError, "model"),
         ({"temperature": 9}, openai.BadRequestError, "temperature"),
-        ({"n": 3}, openai.BadRequestError, "n"),
+        ({"n": 9}, openai.BadRequestError, "n"),
         ({"messages": [{"role": "user", "content": "word " * 20000}]}, openai.BadRequestError, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 20000}], "stream": True}, openai.BadRequestError, "messages"),
     ],
@@ -171,6 +171,106 @@ def test_errors_are_what_the_client_knows(
         client.chat.completions.create(**({"model": MICRO, "messages": ask("Hi")} | more))
     assert caught.value.param == param
     assert caught.value.type in {"invalid_request_error", "not_found_error"}
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_tools_are_called_and_their_results_used(client: openai.OpenAI) -> None:
+    talk: list[Any] = ask("What is the weather in Rome?")
+    first = client.chat.completions.create(model="lmweb/starter", messages=talk, temperature=0, tools=[WEATHER]).choices[0]
+    assert first.finish_reason == "tool_calls"
+    assert first.message.content is None
+    assert first.message.tool_calls
+    (call,) = first.message.tool_calls
+    assert call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Rome"})
+    talk += [first.message, {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 21, "condition": "sunny"}'}]
+    second = client.chat.completions.create(model="lmweb/starter", messages=talk, temperature=0, tools=[WEATHER]).choices[0]
+    assert second.finish_reason == "stop"
+    assert "21" in (second.message.content or "")
+
+
+def test_calls_are_streamed_as_openai_does(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model="lmweb/starter", messages=ask("What is the weather in Rome?"), temperature=0, tools=[WEATHER]
+    ) as stream:
+        chunks = [event.chunk for event in stream if event.type == "chunk"]
+        final = stream.get_final_completion().choices[0]
+    pieces = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or []]
+    assert pieces[0].id
+    assert (pieces[0].index, pieces[0].type) == (0, "function")
+    assert pieces[0].function
+    assert (pieces[0].function.name, pieces[0].function.arguments) == ("get_weather", "")
+    assert all(piece.id is None and piece.function and piece.function.name is None for piece in pieces[1:])
+    assert final.finish_reason == "tool_calls"
+    assert final.message.tool_calls
+    assert json.loads(final.message.tool_calls[0].function.arguments) == {"city": "Rome"}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_model_that_has_to_calls(client: openai.OpenAI, choice: Any) -> None:
+    answer = client.chat.completions.create(
+        model=MICRO, messages=ask("x"), tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False, max_tokens=500, seed=1
+    ).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.tool_calls
+    assert isinstance(json.loads(answer.message.tool_calls[0].function.arguments)["city"], str)
+
+
+def test_structured_answers(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
+    formats: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}},
+        {"extra_body": {"guided_regex": "[a-c]{5}"}},
+        {"extra_body": {"grammar": 'root ::= "yes" | "no"'}},
+    ]
+    texts = [
+        client.chat.completions.create(model=MICRO, messages=ask("x"), max_tokens=200, seed=2, **more).choices[0].message.content
+        for more in formats
+    ]
+    assert json.loads(texts[0] or "")["a"] in {"x", "y"}
+    assert re.fullmatch("[a-c]{5}", texts[1] or "")
+    assert texts[2] in {"yes", "no"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_log_probabilities(client: openai.OpenAI, stream: bool) -> None:
+    question: Any = {"model": "lmweb/starter", "messages": ask("Tell me a joke"), "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    answer: Any = client.chat.completions.create(**question, stream=stream)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    text = "".join((choice.delta if stream else choice.message).content or "" for choice in choices)
+    items = [item for choice in choices if choice.logprobs for item in choice.logprobs.content]
+    assert "".join(item.token for item in items) == text
+    assert all(len(item.top_logprobs) == 2 and item.logprob <= 0 for item in items)
+
+
+def test_several_answers_to_one_question(client: openai.OpenAI) -> None:
+    def choices(**more: Any) -> list[str | None]:
+        answer = client.chat.completions.create(model=MICRO, messages=ask("x"), max_tokens=8, temperature=1, seed=5, **more)
+        return [choice.message.content for choice in answer.choices]
+
+    both = choices(n=2)
+    assert len(set(both)) == 2
+    assert both == choices(n=2)
+    assert both[:1] == choices()
+
+
+def test_flexible_requests_let_others_go_first(client: openai.OpenAI, live: Live) -> None:
+    client.chat.completions.create(model=MICRO, messages=ask("x"), max_tokens=2, service_tier="flex")
+    assert live.rows("SELECT request FROM models_app_generation ORDER BY created_at DESC LIMIT 1")[0][0]["lane"] == 2
 
 
 def test_wrong_tokens(live: Live, token: str) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from api.openai.translate import UNSUPPORTED, ChunkTranslator, error_response, finish_reason, parse_request, to_generation_request
 from lmweb import errors
-from workers.events import ChatEnd, Error, ErrorInfo, MessageDelta, Result, Snapshot, Stats
-from workers.schemas import request_from_builtins, request_to_builtins
+from workers.events import ChatEnd, Error, ErrorInfo, MessageDelta, Result, Snapshot, Stats, ToolCallArguments, ToolCallStart
+from workers.schemas import ToolCall, request_from_builtins, request_to_builtins
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -21,7 +21,8 @@ def translated(**body: Any) -> dict[str, Any]:
     request = to_generation_request(parse_request(json.dumps({"model": "m", "messages": HI} | body).encode()))
     stored = request_to_builtins(request)
     assert request_from_builtins(stored) == request  # what the row keeps is what was asked
-    return stored
+    as_json: dict[str, Any] = json.loads(json.dumps(stored))
+    return as_json
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,51 @@ def test_messages(message: dict[str, Any], expected: dict[str, Any]) -> None:
     assert translated(messages=[message])["messages"] == [expected]
 
 
+FUNCTION = {"type": "function", "function": {"name": "f", "description": None, "parameters": {"type": "object"}, "strict": True}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"tools": []}, {}),
+        ({"tools": [FUNCTION]}, {"tools": [{"name": "f", "parameters": '{"type":"object"}', "strict": True}]}),
+        (
+            {"tools": [{"type": "function", "function": {"name": "g"}}]},
+            {"tools": [{"name": "g", "parameters": '{"type":"object","properties":{}}'}]},
+        ),
+        ({"tool_choice": "none"}, {"tool_choice": "none"}),
+        ({"tool_choice": "auto", "parallel_tool_calls": True}, {}),
+        ({"parallel_tool_calls": False}, {"parallel_tool_calls": False}),
+        ({"response_format": {"type": "text"}}, {}),
+        ({"response_format": {"type": "json_object"}}, {"output_format": {"kind": "json_object"}}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array"}}}},
+            {"output_format": {"kind": "json_schema", "value": '{"type":"array"}'}},
+        ),
+        ({"guided_regex": "a+"}, {"output_format": {"kind": "regex", "value": "a+"}}),
+        ({"grammar": 'root ::= "a"'}, {"output_format": {"kind": "grammar", "value": 'root ::= "a"'}}),
+        ({"guided_grammar": 'start: "a"'}, {"output_format": {"kind": "grammar", "value": 'start: "a"'}}),
+        ({"logprobs": True}, {"top_logprobs": 0}),
+        ({"logprobs": True, "top_logprobs": 4}, {"top_logprobs": 4}),
+        ({"logprobs": False, "top_logprobs": 0}, {}),
+        ({"service_tier": "flex"}, {"lane": 2}),
+        ({"service_tier": "auto"}, {}),
+        ({"n": 3}, {}),
+    ],
+)
+def test_tools_and_formats(body: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert {name: value for name, value in translated(**body).items() if name not in {"model", "messages", "sampling"}} == expected
+
+
+def test_calls_in_messages() -> None:
+    talk = [*HI, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "c1", "content": "4"}]
+    assert translated(messages=talk, tools=[FUNCTION], tool_choice={"type": "function", "function": {"name": "f"}})["messages"][1:] == [
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "name": "f", "arguments": "{}"}]},
+        {"role": "tool", "content": "4", "tool_call_id": "c1"},
+    ]
+
+
 def test_template_variables() -> None:
     assert translated(chat_template_kwargs={"enable_thinking": True})["template_kwargs"] == {"enable_thinking": True}
 
@@ -81,6 +127,7 @@ def test_what_is_not_supported_is_never_ignored(name: str, value: Any) -> None:
         ("eosFound", "stop"),
         ("stopStringFound", "stop"),
         ("userStopped", "stop"),
+        ("toolCalls", "tool_calls"),
         ("maxPredictedTokensReached", "length"),
         ("contextLengthReached", "length"),
     ],
@@ -111,6 +158,18 @@ def deltas(*events: Any) -> list[Any]:
     return [msgspec.to_builtins(chunk.choices[0].delta) for chunk in chunks]
 
 
+def begun(index: int, call_id: str, arguments: str = "") -> dict[str, Any]:
+    return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": {"name": "f", "arguments": arguments}}]}
+
+
+def more(index: int, arguments: str) -> dict[str, Any]:
+    return {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
+
+
+def call(call_id: str) -> ToolCall:
+    return ToolCall(id=call_id, name="f", arguments="{}")
+
+
 ROLE = {"role": "assistant", "content": ""}
 END = ChatEnd(result=Result(model_instance_id="m", output=[], stats=Stats()))
 
@@ -123,6 +182,14 @@ END = ChatEnd(result=Result(model_instance_id="m", output=[], stats=Stats()))
         ([MessageDelta(content="a"), Snapshot(content="a")], [ROLE, {"content": "a"}]),
         ([MessageDelta(content="a"), Snapshot(content="ab")], [ROLE, {"content": "a"}, {"content": "b"}]),
         ([Snapshot(content="ab", reasoning="r"), END], [ROLE, {"reasoning_content": "r"}, {"content": "ab"}, {}]),
+        (
+            [ToolCallStart(tool="f", id="1"), ToolCallArguments(content="{"), ToolCallArguments(content="}"), END],
+            [ROLE, begun(0, "1"), more(0, "{"), more(0, "}"), {}],
+        ),
+        (
+            [ToolCallStart(tool="f", id="1"), ToolCallArguments(content="{"), Snapshot(content="", tool_calls=[call("1"), call("2")])],
+            [ROLE, begun(0, "1"), more(0, "{"), more(0, "}"), begun(1, "2", "{}")],
+        ),
         ([MessageDelta(content="a"), Error(error=ErrorInfo(code="x", message="y")), END], [ROLE, {"content": "a"}]),
     ],
 )
