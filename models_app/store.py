@@ -170,11 +170,13 @@ class DjangoStore:
             self._mine().filter(pk__in=[p.id for p in progress]).update(status=Generation.Status.QUEUED, lease_until=None)
 
     def create_instance(self, model: ModelFile, identifier: str) -> Instance:
-        """Make the row of a just-in-time load; a failed earlier attempt gives way."""
+        """Make the row of a just-in-time load, or take that of a load whose task is on its way; a failed earlier attempt gives way."""
         with _brief(durable=False):
-            ModelInstance.objects.filter(node_id=self.node_name, identifier=identifier, status=ModelInstance.Status.FAILED).delete()
-            row = ModelInstance.objects.create(identifier=identifier, model_id=model.id, node_id=self.node_name, jit=True)
-        return Instance(row.pk, identifier, model, LoadConfig())
+            same = ModelInstance.objects.filter(node_id=self.node_name, identifier=identifier)
+            same.filter(status=ModelInstance.Status.FAILED).delete()
+            row = same.filter(status=ModelInstance.Status.LOADING, model_id=model.id).first()
+            row = row or ModelInstance.objects.create(identifier=identifier, model_id=model.id, node_id=self.node_name, jit=True)
+        return Instance(row.pk, identifier, model, msgspec.convert(row.config, LoadConfig))
 
     def get_instance(self, instance_id: int) -> Instance | None:
         """Return a row that waits for its load on this node."""

@@ -107,8 +107,11 @@ class Host:
     def load(self, instance_id: int) -> None:
         """Load a model that a person asked for; its row tells how that goes."""
         instance = self.store.get_instance(instance_id)
-        if instance is not None and instance_id not in self._runners:
-            self._spawn(instance)
+        with self._spawn_lock:
+            if instance_id in self._runners:  # a generation that came first has started it
+                self._jit.discard(instance_id)
+            elif instance is not None:
+                self._spawn(instance)
 
     def unload(self, instance_id: int) -> None:
         """End a runner and delete its row once its memory is free. What it was generating ends there, its text is kept."""

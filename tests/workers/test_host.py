@@ -129,6 +129,16 @@ def test_shutdown_gives_unfinished_work_to_the_next_worker(bench: Bench, starter
     successor.host.stop()
 
 
+def test_a_generation_that_overtakes_the_load_of_its_model_takes_it_over(bench: Bench, starter: InstalledModel) -> None:
+    asked = ModelInstance.objects.create(identifier=starter.key, model=starter, node_id="test-node", config={"context_length": 512})
+    generation = bench.create(starter, "What is GGUF?")
+    bench.host.generate(str(generation.pk))
+    bench.host.load(asked.pk)
+    assert bench.finished(generation).status == "completed"
+    asked.refresh_from_db()
+    assert (asked.status, asked.config["context_length"]) == ("ready", 512)
+
+
 def test_thinking_is_kept_apart_from_the_answer(bench: Bench, starter: InstalledModel) -> None:
     generation = bench.create(starter, "", messages=[ChatMessage(role="user", content="What is 3 + 4? /think")], sampling=GREEDY)
     bench.host.generate(str(generation.pk))
