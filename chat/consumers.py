@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 PRINCIPAL_SECONDS = 5.0
 MAX_WATCHED = 64
-SIGNED_OUT = 4401  # close codes of our own; the page knows them
-TRY_AGAIN = 1013
+SIGNED_OUT = 4401  # close codes of our own; a server may send no standard one but 1000
+TRY_AGAIN = 4013
 
 
 class ChatConsumer(AsyncWebsocketConsumer):
