@@ -29,6 +29,7 @@ class Chat(models.Model):
     model_key = models.CharField(max_length=512, blank=True, help_text="The model that was used last.")
     system_prompt = models.TextField(blank=True)
     sampling = models.JSONField(default=dict, help_text="Overrides of workers.schemas.SamplingParams.")
+    context_overflow = models.CharField(max_length=32, default="truncateMiddle", help_text="workers.schemas.OverflowPolicy")
     created_at = models.DateTimeField(auto_now_add=True)
     updated_at = models.DateTimeField(auto_now_add=True)
 

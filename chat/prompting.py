@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from chat.history import Branch, fetch
 from chat.models import Chat, Message
 from lmweb.errors import InvalidRequest
-from workers.schemas import ChatMessage, GenerationRequest, Lane, Role, SamplingParams
+from workers.schemas import ChatMessage, GenerationRequest, Lane, OverflowPolicy, Role, SamplingParams
 
 #: The overrides that a chat may keep, with their names on the page: all of SamplingParams but what only the API offers.
 LABELS = {
@@ -49,4 +49,10 @@ def build_request(chat: Chat, *, model: str, last: uuid.UUID) -> GenerationReque
         if turns and turns[-1].role == role:
             text = f"{turns.pop().content}\n\n{text}"  # templates want the roles to alternate
         turns.append(ChatMessage(role=role, content=text))
-    return GenerationRequest(model=model, messages=turns, sampling=sampling_of(chat.sampling), lane=Lane.INTERACTIVE)
+    return GenerationRequest(
+        model=model,
+        messages=turns,
+        sampling=sampling_of(chat.sampling),
+        context_overflow=cast("OverflowPolicy", chat.context_overflow),  # nothing else is stored
+        lane=Lane.INTERACTIVE,
+    )

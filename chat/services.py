@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass
+from typing import cast
 
 import msgspec
 from django.db import IntegrityError, transaction
@@ -18,6 +19,7 @@ from lmweb.errors import Conflict, InvalidRequest, NotFound
 from lmweb.notices import notify_after_commit, user_group
 from models_app.generations import cancel_generation, resolve_model, start_generation
 from models_app.models import Generation
+from workers.schemas import OverflowPolicy
 
 SOURCE = "chat"
 TITLE_LENGTH = 60
@@ -31,9 +33,10 @@ SettingValue = bool | int | float | str | list[str] | None
 
 
 class ChatSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the side panel holds: the system prompt and overrides of ``SamplingParams``."""
+    """What the side panel holds: the system prompt, what happens when the context is full, and overrides of ``SamplingParams``."""
 
     system_prompt: str = ""
+    context_overflow: OverflowPolicy = "truncateMiddle"
     sampling: dict[str, SettingValue] = {}
 
 
@@ -127,11 +130,19 @@ def rename_chat(*, principal: Principal, chat_id: uuid.UUID, title: str) -> Chat
     return chat
 
 
+def settings_of(chat: Chat | None) -> ChatSettings:
+    """Return what the side panel shows for a chat, or for one that does not exist yet."""
+    if chat is None:
+        return ChatSettings()
+    policy = cast("OverflowPolicy", chat.context_overflow)
+    return ChatSettings(system_prompt=chat.system_prompt, context_overflow=policy, sampling=chat.sampling)
+
+
 def save_settings(*, principal: Principal, chat_id: uuid.UUID, settings: ChatSettings) -> Chat:
     """Keep the side panel's values for the answers to come. Raises ``NotFound``, or ``InvalidRequest`` naming the field."""
     chat = get_chat(principal=principal, chat_id=chat_id)
     _apply_settings(chat, settings)
-    chat.save(update_fields=["system_prompt", "sampling"])
+    chat.save(update_fields=["system_prompt", "context_overflow", "sampling"])
     return chat
 
 
@@ -234,6 +245,7 @@ def _notify_updated(chat: Chat) -> None:
 def _apply_settings(chat: Chat, settings: ChatSettings) -> None:
     sampling_of(settings.sampling)
     chat.system_prompt = _clean(settings.system_prompt, "system_prompt")
+    chat.context_overflow = settings.context_overflow
     chat.sampling = settings.sampling
 
 

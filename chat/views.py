@@ -55,7 +55,7 @@ def chat_page(request: HttpRequest, chat_id: uuid.UUID | None = None) -> HttpRes
         "model": selected,
         "may_generate": principal.may(Action.GENERATE),
         "may_load": principal.may(Action.LOAD_MODELS),
-        "settings": {"system_prompt": chat.system_prompt, "sampling": chat.sampling} if chat else {"system_prompt": "", "sampling": {}},
+        "settings": msgspec.to_builtins(services.settings_of(chat)),
         "defaults": {name: getattr(defaults, name) for name in LABELS},
     }
     context = {

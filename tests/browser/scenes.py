@@ -59,6 +59,7 @@ STATS = {
     "total_output_tokens": 289,
     "tokens_per_second": 42.31,
     "time_to_first_token_seconds": 0.314,
+    "reasoning_time_seconds": 12.3,
     "stop_reason": "eosFound",
 }
 LONG_NAME = "Qwen3-Coder-480B-A35B-Instruct-Abliterated-v2-i1-Uncensored-Longer-Name-Than-Anyone-Wants-GGUF"

@@ -252,6 +252,50 @@ def test_regenerating_keeps_versions_and_settings_are_kept(page: Page, live: Liv
     page.locator(".bar [data-toggle-panel]").click()
 
 
+def test_a_full_context_is_said_and_can_be_handled_otherwise(page: Page, live: Live) -> None:
+    chat_id = live.python(
+        "from chat.models import Chat, Message\nfrom lmweb.models import User\n"
+        "chat = Chat.objects.create(user=User.objects.get(username='admin'), title='Full', sampling={'temperature': 0})\nparent = None\n"
+        "for n in range(60):\n"
+        "    role = 'assistant' if n % 2 else 'user'\n"
+        "    parent = Message.objects.create(chat=chat, parent=parent, role=role, content=f'{n} ' + 'word ' * 60)\n"
+        "result = str(chat.pk)"
+    )
+    said = re.compile(r"^The model no longer sees \d+ earlier messages: the context is full\.$")
+    page.goto(f"{live.base_url}/chat/{chat_id}")
+    choose(page, "lmweb/starter")
+    compose(page, "What is GGUF?")
+    expect(page.locator(f"{ANSWER} > .overflow").last).to_have_text(said)
+    finished(page, 26)
+    page.reload()
+    expect(page.locator(f"{ANSWER} > .overflow").last).to_have_text(said)
+    expect(page.locator(f"{ANSWER} > .overflow:visible")).to_have_count(1)
+
+    page.locator(".bar [data-toggle-panel]").click()
+    policy = page.get_by_label("When the context is full")
+    expect(policy).to_have_value("truncateMiddle")
+    policy.select_option("Stop at the limit")
+    expect(page.locator("#settings-state")).to_contain_text("Saved")
+    compose(page, "And MLX?")
+    expect(page.locator(f"{ANSWER}[data-status=failed] .alert")).to_contain_text("the model's context holds 2048")
+    page.reload()
+    expect(policy).to_have_value("stopAtLimit")
+    page.locator(".bar [data-toggle-panel]").click()
+
+
+def test_how_long_it_thought_is_known_after_a_reload(page: Page, live: Live) -> None:
+    page.goto(live.base_url)
+    choose(page, "lmweb/starter")
+    page.locator("#set-temperature").evaluate("node => { node.value = '0'; }")
+    compose(page, "What is 3 + 4? /think")
+    finished(page)
+    label = page.locator(".reasoning summary")
+    expect(label).to_have_text(re.compile(r"^Thought for [\d.]+ s$"))
+    before = label.inner_text()
+    page.reload()
+    expect(label).to_have_text(before)
+
+
 def test_a_tab_that_is_open_already_sees_the_other_ones_message(context: BrowserContext, page: Page, live: Live) -> None:
     page.goto(live.base_url)
     choose(page, "lmweb/starter")
@@ -296,12 +340,16 @@ def test_long_histories_and_lists_come_in_pages(page: Page, live: Live) -> None:
 
 
 def test_people_who_lose_access_are_sent_to_sign_in(context: BrowserContext, live: Live) -> None:
+    live.create_admin()  # until there is one, nobody signs in
     name = live.create_user("leaver")
     page = sign_in(context, live, name)
     page.wait_for_function("() => document.activeElement?.id === 'composer-text'")
     page.wait_for_timeout(500)
+    log = live.data_dir / "logs" / "web.log"
+    before = log.stat().st_size
     live.python(f"from lmweb.models import User\nuser = User.objects.get(username={name!r})\nuser.is_active = False\nuser.save()")
     page.wait_for_url(re.compile("/sign-in"))
+    assert "Traceback" not in log.read_text()[before:]
 
 
 def test_theme_is_remembered_and_never_flashes(page: Page, live: Live) -> None:

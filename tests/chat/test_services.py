@@ -78,13 +78,17 @@ def test_the_same_message_twice_at_the_same_moment_is_stored_once(me: Principal,
 
 
 def test_a_conversation_becomes_a_prompt(me: Principal, model: InstalledModel) -> None:
-    settings = services.ChatSettings(system_prompt="Be brief.", sampling={"temperature": 0, "stop": ["END"]})
+    settings = services.ChatSettings(
+        system_prompt="Be brief.", context_overflow="rollingWindow", sampling={"temperature": 0, "stop": ["END"]}
+    )
     first = send(me, "One", settings=settings)
     finish(first.answer, "Answer one")
     second = send(me, "Two", chat_id=first.chat.pk, parent_id=first.answer.pk)
     assert turns(second) == [("system", "Be brief."), ("user", "One"), ("assistant", "Answer one"), ("user", "Two")]
     assert second.answer.generation is not None
     assert second.answer.generation.request["sampling"] == {"temperature": 0.0, "stop": ["END"]}
+    assert second.answer.generation.request["context_overflow"] == "rollingWindow"
+    assert services.settings_of(second.chat) == settings
 
 
 def test_an_answer_that_failed_without_a_word_keeps_the_roles_alternating(me: Principal, model: InstalledModel) -> None:

@@ -105,6 +105,7 @@ export class Answer extends MessageView {
     this.thoughtMarkdown = new GrowingMarkdown(this.thought);
     this.shownReasoning = "";
     this.thoughts = element("details", { class: "reasoning" }, element("summary", {}, icon("brain"), this.thoughtLabel, icon("chevron-down")), this.thought);
+    this.overflow = element("p", { class: "overflow tiny" });
     this.phaseText = element("span", { class: "grow" });
     this.phaseBar = element("progress", { max: "1", "aria-label": "Progress" });
     this.phaseBox = element("div", { class: "phase" }, element("span", { class: "spinner", "aria-hidden": "true" }), this.phaseText, this.phaseBar);
@@ -112,6 +113,7 @@ export class Answer extends MessageView {
     this.foot = element("footer", { class: "message-foot" });
     this.element.append(
       element("h2", { class: "message-head tiny", dir: "auto" }, this.page.modelName(this.model) || "Answer"),
+      this.overflow,
       this.thoughts,
       this.phaseBox,
       this.body,
@@ -146,6 +148,9 @@ export class Answer extends MessageView {
       case "model_load.end":
         this.phase = { text: "Starting…" };
         this.page.modelsChanged();
+        break;
+      case "context.overflow":
+        this.dropped = event.dropped_messages;
         break;
       case "prompt_processing.start":
         this.phase = { text: "Reading the prompt…" };
@@ -216,6 +221,7 @@ export class Answer extends MessageView {
       this.phaseBar.hidden = this.phase.value === undefined;
       this.phaseBar.value = this.phase.value ?? 0;
     }
+    this.renderOverflow();
     this.renderThought();
     if (this.running) this.markdown.update(this.text);
     else this.markdown.finish(this.text);
@@ -224,10 +230,18 @@ export class Answer extends MessageView {
     this.page.changed(this);
   }
 
+  /** Say what the model did not get to see; known from the event, and later from the row's stats. */
+  renderOverflow() {
+    const dropped = this.stats.dropped_messages || this.dropped;
+    this.overflow.hidden = !dropped;
+    if (dropped) this.overflow.textContent = `The model no longer sees ${dropped} earlier message${dropped === 1 ? "" : "s"}: the context is full.`;
+  }
+
   renderThought() {
     this.thoughts.hidden = !this.reasoning;
     const thinking = this.running && !this.text;
-    const time = this.thoughtSeconds ? ` for ${seconds(this.thoughtSeconds)}` : "";
+    const took = this.stats.reasoning_time_seconds || this.thoughtSeconds;
+    const time = took ? ` for ${seconds(took)}` : "";
     this.thoughtLabel.textContent = thinking ? "Thinking…" : `Thought${time}`;
     if (this.thoughts.open && this.reasoning !== this.shownReasoning) {
       if (!this.reasoning.startsWith(this.shownReasoning)) this.thoughtMarkdown.reset();

@@ -1,7 +1,8 @@
-// The side panel: system prompt and sampling of this chat, saved as they are typed.
+// The side panel: system prompt, context policy and sampling of this chat, saved as they are typed.
 
 import { post } from "./sidebar.js";
 
+const OWN = new Set(["system_prompt", "context_overflow"]); // beside the sampling parameters
 const NUMBERS = new Set(["temperature", "top_k", "top_p", "min_p", "repeat_penalty", "max_tokens", "seed"]);
 
 export class Panel {
@@ -14,11 +15,11 @@ export class Panel {
     this.form.addEventListener("input", () => this.changed());
   }
 
-  fill({ system_prompt: prompt, sampling }, defaults) {
+  fill({ sampling, ...own }, defaults) {
     for (const field of this.form.elements) {
       if (!field.name) continue;
       if (defaults[field.name] != null && NUMBERS.has(field.name)) field.placeholder = String(defaults[field.name]);
-      if (field.name === "system_prompt") field.value = prompt;
+      if (OWN.has(field.name)) field.value = own[field.name];
       else if (field.name === "stop") field.value = (sampling.stop ?? []).join("\n");
       else field.value = sampling[field.name] ?? "";
     }
@@ -28,7 +29,7 @@ export class Panel {
   get value() {
     const sampling = {};
     for (const field of this.form.elements) {
-      if (!field.name || field.name === "system_prompt") continue;
+      if (!field.name || OWN.has(field.name)) continue;
       if (field.name === "stop") {
         const lines = field.value.split("\n").filter(Boolean);
         if (lines.length) sampling.stop = lines;
@@ -37,7 +38,8 @@ export class Panel {
         return null;
       } else if (field.value !== "") sampling[field.name] = Number(field.value);
     }
-    return { system_prompt: this.form.elements.system_prompt.value, sampling };
+    const own = Object.fromEntries([...OWN].map((name) => [name, this.form.elements[name].value]));
+    return { ...own, sampling };
   }
 
   changed() {
