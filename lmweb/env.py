@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Variable:
-    """One setting: its default as text (empty: none) and what it means."""
+    """One setting: its default as text (empty: none), what it means, and the only values that it may have, if not any."""
 
     name: str
     default: str
     meaning: str
+    choices: tuple[str, ...] = field(default=(), compare=False)
 
 
 VARIABLES: dict[str, Variable] = {
@@ -39,6 +40,12 @@ VARIABLES: dict[str, Variable] = {
         ),
         Variable(
             "LMWEB_CONTEXT_LENGTH", "8192", "Context length in tokens of a model that is loaded without one, at most the model's own."
+        ),
+        Variable(
+            "LMWEB_MODEL_LOADING_GUARDRAILS",
+            "balanced",
+            "Memory that a model's load must leave free: off, relaxed (none), balanced (5 %) or strict (15 % of all).",
+            ("off", "relaxed", "balanced", "strict"),
         ),
         Variable("LMWEB_MAX_UPLOAD_GB", "200", "Largest model file that may be uploaded in the browser, in gigabytes."),
         Variable(
@@ -85,6 +92,8 @@ def check() -> None:
             number(variable.name)
         elif variable.default in {"true", "false"}:
             flag(variable.name)
+        if variable.choices and text(variable.name).lower() not in variable.choices:
+            raise ValueError(f"{variable.name} must be one of {', '.join(variable.choices)}, not {text(variable.name)!r}")
 
 
 def data_dir() -> Path:

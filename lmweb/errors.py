@@ -97,6 +97,12 @@ class ModelLoadFailed(LmwebError):
     code, status = "model_load_failed", 503
 
 
+class InsufficientMemory(ModelLoadFailed):
+    """The model does not fit beside what is in use; ``details`` has ``needed_bytes``, ``free_bytes`` and ``held_by``."""
+
+    code = "insufficient_memory"
+
+
 class GenerationInterrupted(LmwebError):
     """The generation could not be finished, also after its retries; its text so far is kept."""
 

@@ -143,6 +143,7 @@ DATA_UPLOAD_MAX_MEMORY_SIZE = 32 * 1024 * 1024  # bodies are bounded before Djan
 NODE_NAME = env.text("LMWEB_NODE_NAME") or discovery.host_name()
 CPU_THREADS = env.number("LMWEB_CPU_THREADS")
 DEFAULT_CONTEXT_LENGTH = env.number("LMWEB_CONTEXT_LENGTH")
+MODEL_LOADING_GUARDRAILS = env.text("LMWEB_MODEL_LOADING_GUARDRAILS").lower()
 MAX_UPLOAD_BYTES = env.number("LMWEB_MAX_UPLOAD_GB") * 1000**3
 STEP_LOG = env.flag("LMWEB_STEP_LOG")
 

@@ -98,6 +98,25 @@ class ModelInstance(models.Model):
         return f"{self.identifier} on {self.node_id}"
 
 
+class MemoryMeasurement(models.Model):
+    """What a load of a model really took, by the parts of its configuration that matter. Corrects the next estimate."""
+
+    model = models.ForeignKey(InstalledModel, on_delete=models.CASCADE, related_name="measurements")
+    context_length = models.PositiveIntegerField()
+    parallel = models.PositiveSmallIntegerField()
+    gpu_layers = models.IntegerField()
+    memory_bytes = models.BigIntegerField()
+    measured_at = models.DateTimeField(auto_now=True)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["model", "context_length", "parallel", "gpu_layers"], name="one_measurement_per_configuration"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.model_id} at {self.context_length} x {self.parallel}: {self.memory_bytes}"
+
+
 class GenerationQuerySet(models.QuerySet["Generation"]):
     """Queries over generations."""
 

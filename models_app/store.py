@@ -19,8 +19,10 @@ from django.db.models.expressions import RawSQL
 from django.utils import timezone
 
 from lmweb.db import drop_dead_connections
+from models_app.memory import estimate_model, note_measurement
 from models_app.models import Generation, InstalledModel, ModelInstance
 from workers.events import Stats
+from workers.memory import MemoryEstimate
 from workers.models import WorkerNode
 from workers.schemas import LoadConfig, ToolCall, request_from_json
 from workers.store import Claim, Instance, ModelFile, Outcome, Progress
@@ -186,12 +188,20 @@ class DjangoStore:
             return None
         return Instance(row.pk, row.identifier, _model_file(row.model), msgspec.convert(row.config, LoadConfig))
 
+    def memory_estimate(self, instance: Instance) -> MemoryEstimate:
+        """Return what loading this takes."""
+        with _brief(durable=False):
+            return estimate_model(InstalledModel.objects.get(pk=instance.model.id), instance.config)
+
     def instance_loading(self, instance_id: int, progress: float) -> None:
         """Note how far the load is."""
         self._update_instance(instance_id, progress=progress)
 
     def instance_ready(self, instance_id: int, *, config: LoadConfig, memory_bytes: int) -> None:
-        """Note that the model can be used."""
+        """Note that the model can be used, and what it takes."""
+        with _brief(durable=False):
+            for model_id in ModelInstance.objects.filter(pk=instance_id).values_list("model_id", flat=True):
+                note_measurement(model_id, config, memory_bytes)
         self._update_instance(
             instance_id,
             status=ModelInstance.Status.READY,

@@ -16,6 +16,7 @@ import msgspec
 import psutil
 from django.db import Error as DatabaseError
 
+from lmweb.errors import InsufficientMemory, InvalidModelFile
 from workers.events import (
     AnyEvent,
     ChatStart,
@@ -25,6 +26,7 @@ from workers.events import (
     ModelLoadStart,
     Stats,
 )
+from workers.memory import Guardrail, check as check_memory, has_gpu_build, machine_memory
 from workers.protocol import Embed, Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
 from workers.relay import ENTRY_SECONDS, Live, StreamWriter, end_events, interrupted
 from workers.runner_process import RunnerProcess
@@ -45,12 +47,20 @@ class Host:
     """See the module. ``config_defaults`` completes a load configuration for this machine (context length, threads)."""
 
     def __init__(
-        self, *, store: Store, redis_url: str, logs: Path, step_log: bool, complete_config: Callable[[Instance], Instance]
+        self,
+        *,
+        store: Store,
+        redis_url: str,
+        logs: Path,
+        step_log: bool,
+        complete_config: Callable[[Instance], Instance],
+        guardrail: Guardrail = Guardrail.BALANCED,
     ) -> None:
         self.store = store
         self._writer = StreamWriter(redis_url)
         self._logs, self._step_log = logs, step_log
         self._complete_config = complete_config
+        self._guardrail = guardrail
         self._lock = threading.RLock()
         self._lives: dict[str, Live] = {}
         self._runners: dict[int, RunnerProcess] = {}
@@ -111,7 +121,10 @@ class Host:
             if instance_id in self._runners:  # a generation that came first has started it
                 self._jit.discard(instance_id)
             elif instance is not None:
-                self._spawn(instance)
+                try:
+                    self._spawn(instance)
+                except InsufficientMemory as error:
+                    self.store.instance_failed(instance_id, error.message)
 
     def unload(self, instance_id: int) -> None:
         """End a runner and delete its row once its memory is free. What it was generating ends there, its text is kept."""
@@ -166,7 +179,13 @@ class Host:
                         live, ErrorInfo(code="service_unavailable", message=f"The model could not be loaded: {error.__class__.__name__}.")
                     )
                     return
-                runner = self._spawn(instance, jit=True)
+                try:
+                    runner = self._spawn(instance, jit=True)
+                except InsufficientMemory as error:
+                    message = error.message
+                    self._try_store(lambda: self.store.instance_failed(instance.id, message))
+                    self._fail(live, ErrorInfo(code=error.code, message=message, details=error.details))
+                    return
         with self._lock:
             if runner.ready:
                 self._submit(runner, live)
@@ -181,7 +200,9 @@ class Host:
         return ranked[0] if ranked else None
 
     def _spawn(self, instance: Instance, *, jit: bool = False) -> RunnerProcess:
+        """Start a runner. Raises ``InsufficientMemory`` instead where the guardrail forbids it."""
         instance = self._complete_config(instance)
+        needed_bytes = self._check_memory(instance)
         with self._lock:
             self._waiting[instance.id], self._running[instance.id] = [], {}
             runner = RunnerProcess(
@@ -192,10 +213,34 @@ class Host:
                 on_idle=self._on_idle,
                 on_exit=self._on_exit,
             )
+            runner.needed_bytes = needed_bytes
             self._runners[instance.id] = runner
             if jit:
                 self._jit.add(instance.id)
         return runner
+
+    def _check_memory(self, instance: Instance) -> int:
+        """Return what the load will take, 0 where nobody can tell. Raises ``InsufficientMemory``."""
+        if instance.config.gpu_layers != 0 and has_gpu_build():
+            return 0  # most of it goes to memory that only the engine knows
+        try:
+            found = self.store.memory_estimate(instance)
+        except (InvalidModelFile, DatabaseError) as error:
+            logger.warning("no estimate for %s: %s", instance.identifier, error)
+            return 0
+        free, total = machine_memory()
+        with self._lock:
+            held = {runner.identifier: (runner.memory_bytes(), runner.needed_bytes, runner.ready) for runner in self._runners.values()}
+        free -= sum(max(0, needed - used) for used, needed, ready in held.values() if not ready)
+        check_memory(
+            instance.identifier,
+            found,
+            level=self._guardrail,
+            free_bytes=free,
+            total_bytes=total,
+            held_by={name: used for name, (used, _, _) in held.items()},
+        )
+        return found.needed_bytes
 
     def _wait_for(self, runner: RunnerProcess, live: Live) -> None:
         self._waiting[runner.instance.id].append(live)

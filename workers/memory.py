@@ -1,9 +1,80 @@
-"""How much memory a loaded model takes."""
+"""How much memory a model takes once it is loaded, and whether it may be loaded. Knows neither engines nor the database."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lmweb.errors import InsufficientMemory
+from workers.schemas import LoadConfig
+
 #: KV cells beyond one full context, so that short requests run side by side, cost at most this much memory.
 EXTRA_CELLS_BYTES = 64 * 1024 * 1024
+#: A runner without a model: Python, NumPy, llama.cpp.
+RUNTIME_BYTES = 55 * 1024 * 1024
+#: Floats of intermediate results per token of a batch, in multiples of the model's width (its feed-forward layer is about four times as wide).
+COMPUTE_WIDTHS = 14
+EMBEDDING_BATCH_TOKENS = 256
+
+
+class Guardrail(StrEnum):
+    """How much of the machine's memory a model may not take: LM Studio's levels."""
+
+    OFF = "off"
+    RELAXED = "relaxed"
+    BALANCED = "balanced"
+    STRICT = "strict"
+
+
+#: The part of all memory that has to stay free after a load, beside everything that is in use already.
+RESERVED = {Guardrail.RELAXED: 0.0, Guardrail.BALANCED: 0.05, Guardrail.STRICT: 0.15}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a model file says about itself; sizes in bytes, ``trained_context`` in tokens.
+
+    ``repacked_bytes`` are weights of which llama.cpp makes a second copy in an order that the CPU likes; ``token_kv_bytes`` is
+    what one token's keys and values take in all layers.
+    """
+
+    file_bytes: int
+    repacked_bytes: int
+    layers: int
+    width: int
+    heads: int
+    heads_kv: int
+    token_kv_bytes: int
+    vocab_size: int
+    trained_context: int
+    is_embedding: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes of host memory. ``measured_bytes`` is what an earlier load of this configuration really took, if there was one."""
+
+    weights_bytes: int
+    repacked_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    measured_bytes: int | None = None
+
+    @property
+    def needed_bytes(self) -> int:
+        """Return all of it. A measured size lacks the compute buffers, which are touched by the first requests only."""
+        loaded = self.measured_bytes or RUNTIME_BYTES + self.weights_bytes + self.repacked_bytes + self.kv_bytes
+        return loaded + self.compute_bytes
+
+
+def kv_bytes_per_token(layers: int, width: int, heads: int, heads_kv: int) -> int:
+    """Return the size of one token's keys and values at 16 bits, for heads that share the width evenly."""
+    return int(layers * (width * max(1, heads_kv) // max(1, heads)) * 2 * 2)
 
 
 def kv_cells(context_length: int, parallel: int, bytes_per_token: int) -> int:
@@ -11,3 +82,85 @@ def kv_cells(context_length: int, parallel: int, bytes_per_token: int) -> int:
     extra = EXTRA_CELLS_BYTES // max(1, bytes_per_token)
     cells = max(context_length, min(parallel * context_length, extra))
     return -(-cells // 256) * 256
+
+
+def estimate(shape: ModelShape, config: LoadConfig, *, measured_bytes: int | None = None) -> MemoryEstimate:
+    """Return what a load takes. ``config.context_length`` None is the model's own."""
+    if shape.is_embedding:
+        cells, batch, outputs = 0, EMBEDDING_BATCH_TOKENS, EMBEDDING_BATCH_TOKENS
+    else:
+        context = min(config.context_length or shape.trained_context, shape.trained_context)
+        cell_bytes = kv_bytes_per_token(shape.layers, shape.width, shape.heads, shape.heads_kv)
+        cells = kv_cells(context, config.parallel, cell_bytes)
+        batch, outputs = max(config.eval_batch_size, config.parallel), config.parallel
+    return MemoryEstimate(
+        weights_bytes=shape.file_bytes,
+        repacked_bytes=shape.repacked_bytes,
+        kv_bytes=cells * shape.token_kv_bytes,
+        compute_bytes=4 * (batch * COMPUTE_WIDTHS * shape.width + batch * cells + outputs * shape.vocab_size),
+        measured_bytes=measured_bytes,
+    )
+
+
+def check(name: str, found: MemoryEstimate, *, level: Guardrail, free_bytes: int, total_bytes: int, held_by: dict[str, int]) -> None:
+    """Raise ``InsufficientMemory`` if a model must not be loaded at this level. ``held_by`` maps loaded models to their bytes."""
+    if level is Guardrail.OFF:
+        return
+    reserved = int(RESERVED[level] * total_bytes)
+    needed = found.needed_bytes
+    if needed <= free_bytes - reserved:
+        return
+    kept = f", of which {_size(reserved)} are kept for everything else (guardrail '{level}')" if reserved else ""
+    holders = ", ".join(f"{holder} ({_size(size)})" for holder, size in held_by.items())
+    advice = "Unload a model" if held_by else "Close other programs"
+    raise InsufficientMemory(
+        f"{name} needs about {_size(needed)} of memory, and {_size(max(0, free_bytes))} are free{kept}. "
+        + (f"Loaded models hold: {holders}. " if holders else "")
+        + f"{advice}, load it with a shorter context, or let an admin lower LMWEB_MODEL_LOADING_GUARDRAILS.",
+        details={"needed_bytes": needed, "free_bytes": free_bytes, "held_by": _holders(held_by)},
+    )
+
+
+def machine_memory() -> tuple[int, int]:
+    """Return the free and all memory that processes here may use, in bytes; a container's limit counts."""
+    memory = psutil.virtual_memory()
+    free, total = int(memory.available), int(memory.total)
+    limit, used = _number(Path("/sys/fs/cgroup/memory.max")), _number(Path("/sys/fs/cgroup/memory.current"))
+    if limit is not None and used is not None and limit < total:
+        # The page cache counts as used here, and gives way when memory is needed.
+        cached = _cgroup_cache(Path("/sys/fs/cgroup/memory.stat"))
+        free, total = min(free, limit - used + cached), limit
+    return max(0, free), total
+
+
+def has_gpu_build() -> bool:
+    """Whether llama.cpp was compiled for a GPU, whose memory this module does not know."""
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        return False
+    names = [file.name for file in (Path(spec.origin).parent / "lib").glob("*ggml-*")]
+    return any(kind in name for name in names for kind in ("ggml-cuda", "ggml-hip", "ggml-vulkan", "ggml-metal"))
+
+
+def _number(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cgroup_cache(file: Path) -> int:
+    try:
+        lines = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return 0
+    return sum(int(line[1]) for line in lines if line[0] == "inactive_file")
+
+
+def _holders(held_by: dict[str, int]) -> list[dict[str, Any]]:
+    return [{"identifier": name, "memory_bytes": size} for name, size in held_by.items()]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -51,6 +51,7 @@ class RunnerProcess:
         self.started_at = time.monotonic()
         self.last_used_at = time.monotonic()
         self.load_error = ""
+        self.needed_bytes = 0
         self._on_message, self._on_idle, self._on_exit = on_message, on_idle, on_exit
         self._send_lock = threading.Lock()
         logs.mkdir(parents=True, exist_ok=True)

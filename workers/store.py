@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from workers.events import ErrorInfo, Stats
+from workers.memory import MemoryEstimate
 from workers.schemas import AnyRequest, LoadConfig, ToolCall
 
 
@@ -100,6 +101,9 @@ class Store(Protocol):
 
     def get_instance(self, instance_id: int) -> Instance | None:
         """Return the row of a load that a person asked for; None if it is gone or belongs to another node."""
+
+    def memory_estimate(self, instance: Instance) -> MemoryEstimate:
+        """Return what loading this takes. Raises ``InvalidModelFile`` if the file is gone or broken."""
 
     def instance_loading(self, instance_id: int, progress: float) -> None:
         """Note how far the load is."""

@@ -23,6 +23,7 @@ from models_app.reaper import Reaper
 from models_app.store import DjangoStore, relax_commits
 from workers.dispatch import CANCEL
 from workers.host import Host
+from workers.memory import Guardrail
 from workers.store import Instance
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def host() -> Host:
         logs=settings.LOGS_DIR,
         step_log=settings.STEP_LOG,
         complete_config=complete_config,
+        guardrail=Guardrail(settings.MODEL_LOADING_GUARDRAILS),
     )
 
 

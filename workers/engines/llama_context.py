@@ -14,6 +14,7 @@ from llguidance.llamacpp import lltokenizer_from_vocab
 from numpy.typing import NDArray
 
 from lmweb.errors import ModelLoadFailed
+from workers.memory import kv_bytes_per_token
 
 GGML_LOG_LEVEL_ERROR = 4
 _PIECE_BYTES = 512
@@ -73,9 +74,12 @@ class Model:
 
     def kv_bytes_per_token(self) -> int:
         """Return the size of one token's keys and values at 16 bits, from the model's shape."""
-        heads = max(1, C.llama_model_n_head(self.handle))
-        width = C.llama_model_n_embd(self.handle) * max(1, C.llama_model_n_head_kv(self.handle)) // heads
-        return int(C.llama_model_n_layer(self.handle) * width * 2 * 2)
+        return kv_bytes_per_token(
+            C.llama_model_n_layer(self.handle),
+            C.llama_model_n_embd(self.handle),
+            C.llama_model_n_head(self.handle),
+            C.llama_model_n_head_kv(self.handle),
+        )
 
     def metadata(self, key: str) -> str:
         """Return a metadata value as text, empty if absent."""

@@ -26,8 +26,10 @@ class Command(ModelCommand):
         """Declare the arguments."""
         super().add_arguments(parser)
         parser.add_argument("model", help="the model's key, as ls shows it")
-        parser.add_argument("--context-length", type=_whole(16, 16_777_216), metavar="N", help="tokens of context")
-        parser.add_argument("--parallel", type=_whole(1, 256), metavar="N", default=LoadConfig().parallel, help="answers at the same time")
+        parser.add_argument("--context-length", type=whole_number(16, 16_777_216), metavar="N", help="tokens of context")
+        parser.add_argument(
+            "--parallel", type=whole_number(1, 256), metavar="N", default=LoadConfig().parallel, help="answers at the same time"
+        )
         parser.add_argument("--gpu", default="auto", metavar="off|max|auto|0-1", help="how much of the model to put on the GPU")
         parser.add_argument("--identifier", help="the name for requests; the model's key without it")
 
@@ -68,7 +70,9 @@ class Command(ModelCommand):
             time.sleep(POLL_SECONDS)
 
 
-def _whole(low: int, high: int) -> Any:
+def whole_number(low: int, high: int) -> Any:
+    """Return the reader of an argument that is a whole number within limits."""
+
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) < 12 and low <= int(text) <= high):
             raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {low} to {high}")

@@ -1,0 +1,77 @@
+"""What loading a model takes, from its file and from what earlier loads really took."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from django.conf import settings
+from msgspec.structs import replace
+
+from lmweb.errors import InvalidModelFile
+from models_app import gguf
+from models_app.models import InstalledModel, MemoryMeasurement
+from workers.memory import MemoryEstimate, ModelShape, estimate
+from workers.schemas import LoadConfig
+
+#: Weights that llama.cpp copies into another order for the CPU.
+REPACKED_TYPES = frozenset({"Q4_0", "Q4_K", "IQ4_NL"})
+
+
+def estimate_model(model: InstalledModel, config: LoadConfig) -> MemoryEstimate:
+    """Return what loading takes. Raises ``InvalidModelFile`` if the file is gone or broken."""
+    shape = read_shape(model.file)
+    config = complete(config, shape.trained_context)
+    found = MemoryMeasurement.objects.filter(
+        model=model, context_length=config.context_length or shape.trained_context, parallel=config.parallel, gpu_layers=config.gpu_layers
+    ).first()
+    return estimate(shape, config, measured_bytes=found.memory_bytes if found else None)
+
+
+def note_measurement(model_id: int, config: LoadConfig, memory_bytes: int) -> None:
+    """Keep what a load really took, for the next estimate of the same configuration."""
+    if memory_bytes and config.context_length is not None:
+        MemoryMeasurement.objects.update_or_create(
+            model_id=model_id,
+            context_length=config.context_length,
+            parallel=config.parallel,
+            gpu_layers=config.gpu_layers,
+            defaults={"memory_bytes": memory_bytes},
+        )
+
+
+def complete(config: LoadConfig, trained_context: int) -> LoadConfig:
+    """Return the configuration with the context length that a load will have."""
+    return replace(config, context_length=min(config.context_length or settings.DEFAULT_CONTEXT_LENGTH, trained_context))
+
+
+def read_shape(file: Path) -> ModelShape:
+    """Return what the file says. Raises ``InvalidModelFile``."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise InvalidModelFile(f"The file cannot be read: {error.strerror}.") from None
+    return _read_shape(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=64)
+def _read_shape(file: Path, _modified: int, size: int) -> ModelShape:
+    with file.open("rb") as stream:
+        header = gguf.read_header(stream)
+    model = gguf.describe(header, size)
+    head_width = model.embedding_length // max(1, model.head_counts[0])
+    width = (model.key_length or head_width) + (model.value_length or head_width)
+    heads_kv = model.head_counts_kv if len(model.head_counts_kv) > 1 else model.head_counts_kv * model.block_count
+    repacked = [t.size for t in header.tensors if t.type_name in REPACKED_TYPES and t.name != "token_embd.weight"]
+    return ModelShape(
+        file_bytes=size,
+        repacked_bytes=sum(repacked),
+        layers=model.block_count,
+        width=model.embedding_length,
+        heads=model.head_counts[0],
+        heads_kv=model.head_counts_kv[0],
+        token_kv_bytes=2 * width * sum(heads_kv),
+        vocab_size=model.vocab_size,
+        trained_context=model.context_length,
+        is_embedding=model.type == "embedding",
+    )

@@ -1,0 +1,167 @@
+"""Memory: the estimate is close to what a load takes, is corrected by it, and keeps loads away that do not fit."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from django.core.management import call_command
+
+from lmweb.errors import InsufficientMemory
+from tests.micro_models import make_micro, make_micro_bert
+from workers import memory
+from workers.engines import registry
+from workers.memory import Guardrail, MemoryEstimate, ModelShape, estimate
+from workers.schemas import LoadConfig
+
+if TYPE_CHECKING:
+    from models_app.models import InstalledModel, ModelInstance
+    from tests.workers.support import Bench
+
+MIB = 1024 * 1024
+#: A 7B model of the Llama kind at 4 bits.
+SEVEN_B = ModelShape(
+    file_bytes=4_000 * MIB,
+    repacked_bytes=3_800 * MIB,
+    layers=32,
+    width=4096,
+    heads=32,
+    heads_kv=8,
+    token_kv_bytes=131_072,
+    vocab_size=128_256,
+    trained_context=131_072,
+    is_embedding=False,
+)
+
+
+def test_parts_follow_the_file_and_the_configuration() -> None:
+    small = estimate(SEVEN_B, LoadConfig(context_length=8192, parallel=4))
+    large = estimate(SEVEN_B, LoadConfig(context_length=32768, parallel=4))
+    assert small.weights_bytes == 4_000 * MIB
+    assert small.kv_bytes == 8192 * 131_072
+    assert large.kv_bytes == 4 * small.kv_bytes
+    assert small.needed_bytes < 4_000 * MIB + 3_800 * MIB + 1_024 * MIB + 512 * MIB
+    beyond = estimate(SEVEN_B, LoadConfig(context_length=10**7, parallel=1))
+    assert beyond.kv_bytes == 131_072 * 131_072, "a load never has more context than the model"
+    measured = estimate(SEVEN_B, LoadConfig(context_length=8192, parallel=4), measured_bytes=5_000 * MIB)
+    assert measured.needed_bytes == 5_000 * MIB + small.compute_bytes
+
+
+@pytest.mark.parametrize(("context", "parallel"), [(256, 1), (2048, 4), (2048, 64)])
+def test_the_engine_has_as_many_cells_as_were_estimated(tmp_path: Path, context: int, parallel: int) -> None:
+    from models_app.memory import read_shape
+
+    file = make_micro(tmp_path / "micro.gguf")
+    config = LoadConfig(context_length=context, parallel=parallel, cpu_threads=1)
+    shape = read_shape(file)
+    engine = registry.factory("llama.cpp")(str(file), config, lambda _: None)
+    assert engine.info.cells * shape.token_kv_bytes == estimate(shape, config).kv_bytes
+    engine.close()
+
+
+@pytest.mark.parametrize(("level", "fits"), [("off", 0), ("relaxed", 100), ("balanced", 100 + 50), ("strict", 100 + 150)])
+def test_levels(level: str, fits: int) -> None:
+    found = MemoryEstimate(weights_bytes=0, repacked_bytes=0, kv_bytes=0, compute_bytes=0, measured_bytes=100)
+
+    def check(free: int) -> None:
+        memory.check("m", found, level=Guardrail(level), free_bytes=free, total_bytes=1000, held_by={"other": 7})
+
+    check(fits)
+    if level == "off":
+        return
+    with pytest.raises(InsufficientMemory) as refusal:
+        check(fits - 1)
+    assert refusal.value.details == {
+        "needed_bytes": 100,
+        "free_bytes": fits - 1,
+        "held_by": [{"identifier": "other", "memory_bytes": 7}],
+    }
+    assert "m needs about" in refusal.value.message
+    assert "other (0.00 GB)" in refusal.value.message
+
+
+def test_this_machine_has_memory() -> None:
+    free, total = memory.machine_memory()
+    assert 0 < free <= total
+
+
+# --- with real loads --------------------------------------------------------------------------------------------------
+
+
+def load(bench: Bench, model: InstalledModel, **config: Any) -> ModelInstance:
+    import msgspec
+
+    from models_app.models import ModelInstance
+    from tests.workers.support import wait_for
+
+    row = ModelInstance.objects.create(
+        identifier=model.key, model=model, node_id="test-node", config=msgspec.to_builtins(LoadConfig(**config))
+    )
+    bench.host.load(row.pk)
+    wait_for(lambda: ModelInstance.objects.get(pk=row.pk).status != "loading")
+    row.refresh_from_db()
+    return row
+
+
+@pytest.mark.parametrize("kind", ["starter", "decoder", "bert"])
+def test_the_estimate_is_close_and_then_exact(bench: Bench, starter_gguf: Path, tmp_path: Path, kind: str) -> None:
+    from models_app.memory import estimate_model
+
+    if kind == "starter":
+        model = bench.install(starter_gguf)
+    elif kind == "decoder":
+        model = bench.install(make_micro(tmp_path / "m.gguf", context=131_072))
+    else:
+        model = bench.install(make_micro_bert(tmp_path / "b.gguf"), type="embedding")
+    config = LoadConfig(context_length=100_000 if kind == "decoder" else None, parallel=16)
+    before = estimate_model(model, config)
+    loaded = load(bench, model, context_length=config.context_length, parallel=16)
+    assert loaded.status == "ready"
+    assert loaded.memory_bytes
+    assert before.needed_bytes - before.compute_bytes == pytest.approx(loaded.memory_bytes, rel=0.25)
+    after = estimate_model(model, config)
+    assert after.measured_bytes == loaded.memory_bytes
+    assert estimate_model(model, LoadConfig(context_length=512, parallel=2)).measured_bytes is None
+
+
+def test_a_load_that_does_not_fit_is_refused_in_words(
+    bench: Bench, starter: InstalledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = bench.install(make_micro(tmp_path / "m.gguf"), "test/first")
+    bench.run(first, "to be")
+    monkeypatch.setattr("workers.host.machine_memory", lambda: (50 * MIB, 1000 * MIB))
+    refused = load(bench, starter, parallel=4)
+    assert refused.status == "failed"
+    assert "lmweb/starter needs about" in refused.error
+    assert "Loaded models hold: test/first (" in refused.error
+    # A request that would load it is told the same, with the figures.
+    generation = bench.create(starter, "hello")
+    bench.host.generate(str(generation.pk))
+    generation = bench.finished(generation)
+    assert (generation.status, generation.error_code) == ("failed", "insufficient_memory")
+    error = next(event.error for event in bench.events(generation) if hasattr(event, "error"))
+    assert error.details["free_bytes"] == 50 * MIB
+    assert error.details["needed_bytes"] > 50 * MIB
+    assert [holder["identifier"] for holder in error.details["held_by"]] == ["test/first"]
+    # What is in memory goes on, and with memory the load works.
+    assert bench.run(first, "to be").status == "completed"
+    monkeypatch.undo()
+    assert bench.run(starter, "hello").status == "completed"
+
+
+def test_the_command_says_it_in_words_and_in_json(bench: Bench, starter: InstalledModel) -> None:
+    out = StringIO()
+    call_command("estimate", "lmweb/starter", "--context-length", "512", "--parallel", "2", stdout=out)
+    assert out.getvalue().startswith("lmweb/starter with a context of 512 for 2 answers at once: ")
+    assert "keys and values" in out.getvalue()
+    assert "test-node has" in out.getvalue()
+    out = StringIO()
+    call_command("estimate", "lmweb/starter", "--json", stdout=out)
+    found = json.loads(out.getvalue())
+    assert found["neededBytes"] > found["weightsBytes"] > 0
+    assert found["contextLength"] == 2048
+    assert found["measuredBytes"] is None
+    assert found["freeBytes"]["test-node"] > 0
