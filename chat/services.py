@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import cast
 
 import msgspec
@@ -18,7 +19,7 @@ from lmweb.access import Action, Principal, require
 from lmweb.errors import Conflict, InvalidRequest, NotFound
 from lmweb.notices import notify_after_commit, user_group
 from models_app.generations import cancel_generation, resolve_model, start_generation
-from models_app.models import Generation
+from models_app.models import Generation, GenerationQuerySet
 from workers.schemas import OverflowPolicy
 
 SOURCE = "chat"
@@ -26,6 +27,7 @@ TITLE_LENGTH = 60
 MAX_TITLE_LENGTH = 200
 MAX_TEXT_LENGTH = 1_000_000
 STOP_SECONDS = 2.0
+FORGET_WITHIN = timedelta(days=1)
 
 
 #: Flat on purpose: nothing that a browser sends can nest.
@@ -154,24 +156,32 @@ def delete_chat(*, principal: Principal, chat_id: uuid.UUID) -> None:
     """
     with transaction.atomic():
         chat = get_chat(principal=principal, chat_id=chat_id)
-        unfinished = Generation.objects.unfinished().filter(pk__in=chat.messages.values("generation_id"))
-        running = list(unfinished.values_list("pk", flat=True))
+        answers = list(chat.messages.exclude(generation=None).values_list("generation_id", flat=True))
+        generations = Generation.objects.filter(pk__in=answers)
+        running = list(generations.unfinished().values_list("pk", flat=True))
         for generation_id in running:
             cancel_generation(principal=principal, generation_id=generation_id)
         chat.delete()
         notify_after_commit(chat_group(chat_id), {"type": "chat.deleted", "chat_id": str(chat_id)})
         notify_after_commit(user_group(chat.user_id), {"type": "chat.updated", "chat_id": str(chat_id)})
     deadline = time.monotonic() + STOP_SECONDS
-    while running and time.monotonic() < deadline and Generation.objects.unfinished().filter(pk__in=running).exists():
+    while running and time.monotonic() < deadline and generations.unfinished().exists():
         time.sleep(0.05)
-    forget_deleted()
+    _forget(generations)
 
 
 def forget_deleted() -> int:
-    """Blank the text of all finished generations whose chat is gone, and return how many; also of those that ended late."""
-    orphans = Generation.objects.filter(source=SOURCE, status__in=Generation.TERMINAL).exclude(request={})
-    orphans = orphans.filter(~Exists(Message.objects.filter(generation=OuterRef("pk"))))
-    return orphans.update(content="", reasoning="", output_tokens=[], request={})
+    """Blank the text of finished generations whose chat is gone, and return how many. Runs every minute (``chat.tasks``).
+
+    Finds answers that ended after their chat's deletion had stopped waiting for them; only what ended recently is looked at.
+    """
+    recent = Generation.objects.filter(finished_at__gt=timezone.now() - FORGET_WITHIN, source=SOURCE)
+    return _forget(recent.filter(~Exists(Message.objects.filter(generation=OuterRef("pk")))))
+
+
+def _forget(generations: GenerationQuerySet) -> int:
+    finished = generations.filter(status__in=Generation.TERMINAL).exclude(request={})
+    return finished.update(content="", reasoning="", tool_calls=[], output_tokens=[], request={})
 
 
 def _already_sent(principal: Principal, message_id: uuid.UUID) -> Sent | None:

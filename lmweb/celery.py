@@ -44,8 +44,9 @@ app.conf.update(
     timezone="UTC",
     beat_schedule={
         "reap": {"task": "workers.tasks.reap", "schedule": 3.0, "options": {"expires": 3.0}},
+        "forget-deleted-chats": {"task": "chat.tasks.forget_deleted", "schedule": 60.0, "options": {"expires": 60.0}},
     },
-    imports=("workers.tasks",),
+    imports=("workers.tasks", "chat.tasks"),
 )
 
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from django.db import connection
+from django.utils import timezone
 
 from chat import history, services
 from chat.models import Chat, Message
 from chat.prompting import build_request
 from lmweb.access import Principal
+from lmweb.celery import app
 from lmweb.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, PermissionDenied
 from models_app.models import Generation
 from tests.chat import worker
@@ -145,10 +147,22 @@ def test_deleting_a_chat_stops_its_answer_and_forgets_all_text(me: Principal, mo
     assert stopped.cancel_requested
     assert running.answer.generation is not None
     worker.save(running.answer.generation, 3, "written after the deletion", "cancelled")
-    assert services.forget_deleted() == 1
+    app.loader.import_default_modules()
+    task = app.tasks[app.conf.beat_schedule["forget-deleted-chats"]["task"]]
+    assert task.apply().successful()
     stopped.refresh_from_db()
     assert (stopped.content, stopped.request) == ("", {})
     assert services.forget_deleted() == 0
+
+
+def test_forgetting_leaves_what_is_still_in_a_chat_or_came_from_elsewhere(me: Principal, model: InstalledModel) -> None:
+    sent = send(me, "One")
+    finish(sent.answer, "kept")
+    Generation.objects.create(
+        user=me.user, source="openai", model_key="x", request={"model": "x"}, content="kept", status="completed", finished_at=timezone.now()
+    )
+    assert services.forget_deleted() == 0
+    assert Generation.objects.filter(content="kept").count() == 2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import redis
 from django.conf import settings
+from django.utils import timezone
 
 from models_app.models import Generation
 from workers import stream
@@ -26,7 +27,8 @@ def say(generation: Generation, seq: int, text: str) -> None:
 
 def save(generation: Generation, seq: int, text: str, status: str = "running") -> None:
     """Save what is there so far, as the worker does about once a second."""
-    Generation.objects.filter(pk=generation.pk).update(seq=seq, content=text, status=status)
+    finished_at = timezone.now() if status in Generation.TERMINAL else None
+    Generation.objects.filter(pk=generation.pk).update(seq=seq, content=text, status=status, finished_at=finished_at)
 
 
 def end(generation: Generation, seq: int, text: str, status: str = "completed") -> None:
