@@ -27,6 +27,7 @@ from models_app.services import request_load, request_unload
 from workers.schemas import SamplingParams
 
 LIST_SIZE = 60
+MAX_LIST_SIZE = 1200
 
 #: Questions that the starter model answers well; they show what it is for.
 STARTER_PROMPTS = ("What is lmweb?", "Which quantization should I choose?", "How do I use the OpenAI client?")
@@ -69,7 +70,7 @@ def chat_page(request: HttpRequest, chat_id: uuid.UUID | None = None) -> HttpRes
 
 @require_GET
 def chat_list(request: HttpRequest) -> HttpResponse:
-    """Return the list of chats, or what follows after one (``before``: its ``updated_at``)."""
+    """Return the list of chats, at least as many as are ``shown`` already, or what follows after one (``before``: its ``updated_at``)."""
     principal = _principal(request)
     current_id = _uuid(request, "current")
     current = Chat.objects.visible_to(principal).filter(pk=current_id).first() if current_id else None
@@ -153,17 +154,25 @@ def _moment(text: str) -> datetime | None:
     return moment if moment and timezone.is_aware(moment) else None
 
 
+def _list_size(request: HttpRequest) -> int:
+    """Return how many chats to list: those that are shown already stay, in whole pages."""
+    text = request.GET.get("shown", "")
+    shown = min(int(text), MAX_LIST_SIZE) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
+    return max(1, -(-shown // LIST_SIZE)) * LIST_SIZE
+
+
 def _list_context(request: HttpRequest, principal: Principal, current: Chat | None) -> dict[str, Any]:
     """Return the list of chats, grouped by day in the reader's time zone."""
     chats = Chat.objects.visible_to(principal).only("id", "title", "updated_at")
     before = _moment(request.GET.get("before", ""))
     if before:
         chats = chats.filter(updated_at__lt=before)
-    found = list(chats[: LIST_SIZE + 1])
+    size = _list_size(request)
+    found = list(chats[: size + 1])
     zone = _zone(request)
     today = timezone.now().astimezone(zone).date()
-    groups = [(label, list(items)) for label, items in groupby(found[:LIST_SIZE], key=lambda c: _day(c.updated_at, zone, today))]
-    more = found[LIST_SIZE - 1].updated_at.isoformat() if len(found) > LIST_SIZE else ""
+    groups = [(label, list(items)) for label, items in groupby(found[:size], key=lambda c: _day(c.updated_at, zone, today))]
+    more = found[size - 1].updated_at.isoformat() if len(found) > size else ""
     return {"groups": groups, "more": more, "current": current, "first_page": before is None}
 
 

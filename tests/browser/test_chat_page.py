@@ -338,6 +338,38 @@ def test_long_histories_and_lists_come_in_pages(page: Page, live: Live) -> None:
     page.locator(".chat-more").scroll_into_view_if_needed()
     expect(page.locator(".chat-item")).to_have_count(120)
 
+    # A refresh keeps what was scrolled to where it is, and so does the next page.
+    place = "node => node.querySelectorAll('.chat-item')[100].getBoundingClientRect().top"
+    chats = page.locator("#chats")
+    chats.evaluate("node => { node.scrollTop = node.querySelectorAll('.chat-item')[100].offsetTop - 300; }")
+    name, before = page.locator(".chat-item").nth(100).inner_text(), chats.evaluate(place)
+    live.python(
+        "from chat import services\nfrom chat.models import Chat\nfrom lmweb.access import Principal\nfrom lmweb.models import User\n"
+        "user = User.objects.get(username='admin')\nchat = Chat.objects.create(user=user, title='Old')\n"
+        "services.rename_chat(principal=Principal(user), chat_id=chat.pk, title='Brand new')"
+    )
+    expect(page.locator(".chat-item").first).to_have_text("Brand new")
+    expect(page.locator(".chat-item").nth(101)).to_have_text(name)
+    assert abs(chats.evaluate(place.replace("100", "101")) - before) < 2
+    page.reload()
+    expect(page.locator(".chat-item").nth(101)).to_be_in_viewport()
+
+
+def test_labels_of_places_fit_and_keep_their_room(page: Page, live: Live) -> None:
+    look = """() => [...document.querySelectorAll('.rail nav .rail-item')].map(item => {
+        const label = item.querySelector('span');
+        return [item.getBoundingClientRect().width, label.getBoundingClientRect().height, label.scrollWidth - label.clientWidth];
+    })"""
+    for width in (1280, 390, 320):
+        page.set_viewport_size({"width": width, "height": 700})
+        seen = []
+        for path in ("/", "/models/", "/developer/"):
+            page.goto(f"{live.base_url}{path}")
+            seen.append(page.evaluate(look))
+            assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+        assert all(overflow <= 0 and height < 20 for labels in seen for _, height, overflow in labels)
+        assert [[room for room, *_ in labels] for labels in seen] == [[room for room, *_ in seen[0]]] * 3
+
 
 def test_people_who_lose_access_are_sent_to_sign_in(context: BrowserContext, live: Live) -> None:
     live.create_admin()  # until there is one, nobody signs in

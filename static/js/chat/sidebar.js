@@ -47,10 +47,25 @@ export class Sidebar {
   constructor() {
     this.list = document.getElementById("chats");
     this.menu = document.getElementById("chat-menu");
-    this.list.scrollTop = Number(sessionStorage.getItem("chats-scroll") ?? 0);
-    this.list.addEventListener("scroll", () => sessionStorage.setItem("chats-scroll", this.list.scrollTop), { passive: true });
+    this.restore();
+    this.list.addEventListener("scroll", () => this.remember(), { passive: true });
     document.addEventListener("click", (event) => this.clicked(event));
     document.getElementById("rename-dialog").addEventListener("submit", (event) => this.rename(event));
+  }
+
+  get items() {
+    return [...this.list.querySelectorAll("[data-chat]")];
+  }
+
+  /** Keep for the next page how far the list is scrolled and how much of it there is. */
+  remember() {
+    sessionStorage.setItem("chats-view", JSON.stringify({ top: this.list.scrollTop, shown: this.items.length }));
+  }
+
+  async restore() {
+    const { top = 0, shown = 0 } = JSON.parse(sessionStorage.getItem("chats-view") ?? "{}");
+    if (top && shown > this.items.length) await this.fetch(shown);
+    this.list.scrollTop = top;
   }
 
   clicked(event) {
@@ -121,14 +136,20 @@ export class Sidebar {
     this.timer = setTimeout(() => this.fetch(), 100);
   }
 
-  async fetch() {
+  async fetch(shown = this.items.length) {
     const { url, current } = this.list.dataset;
-    const response = await fetch(`${url}?current=${current}`).catch(() => null);
+    const response = await fetch(`${url}?current=${current}&shown=${shown}`).catch(() => null);
     if (!response?.ok || response.redirected) return;
     const parsed = new DOMParser().parseFromString(await response.text(), "text/html");
-    const scroll = this.list.scrollTop;
+    const { scrollTop } = this.list;
+    const place = (node) => node.getBoundingClientRect().top;
+    const isAnchor = (item) => item.dataset.chat !== current && place(item) >= place(this.list);
+    const anchor = scrollTop > 0 && this.items.find(isAnchor); // what is being read stays where it is
+    const before = anchor && place(anchor);
     this.list.replaceChildren(...parsed.body.childNodes);
-    this.list.scrollTop = scroll;
+    this.list.scrollTop = scrollTop;
+    const after = anchor && this.items.find((item) => item.dataset.chat === anchor.dataset.chat);
+    if (after) this.list.scrollTop += place(after) - before;
     globalThis.htmx?.process(this.list);
     localTimes(this.list);
   }
