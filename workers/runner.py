@@ -41,6 +41,7 @@ from workers.events import (
     TopLogprob,
 )
 from workers.overflow import room_for_answer, shorten
+from workers.parsing.harmony import speaks_harmony
 from workers.parsing.output import OutputParser, replay
 from workers.parsing.tools.prompts import ToolPrompt
 from workers.parsing.tools.reader import CallReader
@@ -197,7 +198,9 @@ class Runner:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(31))
         room = info.context_length - len(prompt)
         starts_reasoning = prompt_text.rstrip("\n").endswith("<think>")
-        parser = OutputParser(sampling.stop, starts_reasoning=starts_reasoning, calls=self._call_reader(message))
+        parser = OutputParser(
+            sampling.stop, starts_reasoning=starts_reasoning, calls=self._call_reader(message), harmony=speaks_harmony(info.chat_template)
+        )
         constraint = self._constraint(request)
         replay(parser, message.output_tokens, self.engine.piece, constraint)
         sequence = Sequence(

@@ -203,3 +203,36 @@ def test_arguments_that_are_no_json_do_not_break_a_prompt() -> None:
 )
 def test_families_are_told_by_their_templates(text: str, syntax: Syntax | None) -> None:
     assert native_syntax(text) is syntax
+
+
+THOUGHT = "<|channel|>analysis<|message|>Think <hard><|end|><|start|>assistant"
+BODY = '<|constrain|>json<|message|>{"a": 1}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "reasoning", "text", "calls"),
+    [
+        (f"{THOUGHT}<|channel|>final<|message|>Hi <b>!", "Think <hard>", "Hi <b>!", []),
+        (f"{THOUGHT}<|channel|>commentary to=functions.get {BODY}<|call|>", "Think <hard>", "", [("get", '{"a": 1}')]),
+        (f"{THOUGHT} to=functions.get<|channel|>commentary {BODY}", "Think <hard>", "", [("get", '{"a": 1}')]),
+        (
+            f"<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary to=functions.get {BODY}",
+            "",
+            "I look.",
+            [("get", '{"a": 1}')],
+        ),
+        ('{"constrained": 1}', "", '{"constrained": 1}', []),
+        ("Hello", "", "Hello", []),
+        (f"{THOUGHT}<|chan", "Think <hard>", "", []),
+        ("<|channel|>ana", "", "", []),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_the_channels_of_gpt_oss(answer: str, reasoning: str, text: str, calls: list[tuple[str, str]], size: int) -> None:
+    parser = OutputParser([], starts_reasoning=False, calls=CallReader(families.HARMONY, NAMES, "g"), harmony=True)
+    events = [event for i in range(0, len(answer), size) for event in parser.feed(answer[i : i + size].encode())] + parser.finish()
+    assert "".join(event.content for event in events if isinstance(event, ReasoningDelta)) == reasoning
+    assert "".join(event.content for event in events if isinstance(event, MessageDelta)) == text
+    names = [event.tool for event in events if isinstance(event, ToolCallStart)]
+    arguments = "".join(event.content for event in events if isinstance(event, ToolCallArguments))
+    assert (names, arguments) == ([name for name, _ in calls], "".join(body for _, body in calls))

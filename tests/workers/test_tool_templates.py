@@ -39,6 +39,7 @@ TEMPLATES = {
     "mistralai-Ministral-3-14B-Reasoning-2512": families.MISTRAL_ARGS,
     "unsloth-mistral-Devstral-Small-2507": families.MISTRAL_ARGS,
     "llama-cpp-deepseek-r1": families.DEEPSEEK_R1,
+    "openai-gpt-oss-120b": families.HARMONY,
     "deepseek-ai-DeepSeek-V3.1": families.DEFAULT,  # its template tells of no tools
     "google-gemma-2-2b-it": families.DEFAULT,
     "microsoft-Phi-3.5-mini-instruct": families.DEFAULT,
@@ -74,7 +75,9 @@ def test_tools_calls_and_results_are_in_the_prompt(name: str, syntax: Syntax) ->
 def test_a_call_as_the_template_writes_it_is_read_back(name: str, syntax: Syntax) -> None:
     made = prompt(name)
     shown = made.render(TALK[:2], [TOOL], add_generation_prompt=False)
-    start = shown.rfind('{"name": "get_weather"' if syntax.bare else syntax.section or syntax.marker)
+    start = shown.rfind(
+        '{"name": "get_weather"' if syntax.bare else syntax.marker if syntax is families.HARMONY else syntax.section or syntax.marker
+    )
     assert start >= 0, shown
     pieces = CallReader(syntax, frozenset({"get_weather"}), "g").feed(shown[start:])
     assert [piece.tool for piece in pieces if isinstance(piece, ToolCallStart)] == ["get_weather"]

@@ -36,6 +36,7 @@ FAMILIES = {
     "deepseek r1": "<｜tool▁call▁begin｜>```json",
     "deepseek": "<｜tool▁call▁begin｜>",
     "granite": "<|tool_call|>",
+    "gpt-oss": "<|channel|><|message|>functions.",
     "default": "",
 }
 

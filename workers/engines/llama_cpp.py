@@ -14,6 +14,7 @@ from workers.engines.llama_context import Context, Model
 from workers.engines.llama_embedding import LlamaEmbedder, LlamaEmbeddingEngine, declared_pooling
 from workers.engines.llama_sampling import TokenSampler, likeliest, log_probabilities
 from workers.memory import kv_cells
+from workers.parsing.harmony import HarmonySplitter
 from workers.parsing.tools.families import VISIBLE
 from workers.scheduler import Admission, Chunk, Scheduler, Slot
 from workers.schemas import LoadConfig
@@ -24,7 +25,7 @@ import llama_cpp.llama_cpp as C  # isort: skip
 TARGET_STEP_SECONDS = 0.2
 TARGET_STEP_FACTOR = 4.0
 #: Special tokens that parsers need to see in the text.
-VISIBLE_SPECIALS = VISIBLE | {"<think>", "</think>"}
+VISIBLE_SPECIALS = VISIBLE | HarmonySplitter.visible | {"<think>", "</think>"}
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from workers.constraints import Constraint
 from workers.events import AnyEvent, MessageDelta, MessageEnd, MessageStart, ReasoningDelta, ReasoningEnd, ReasoningStart, TokenLogprob
+from workers.parsing.harmony import HarmonySplitter
 from workers.parsing.reasoning import ReasoningSplitter
 from workers.parsing.stops import StopScanner
 from workers.parsing.tools.reader import CallReader
@@ -15,13 +16,14 @@ from workers.parsing.tools.reader import CallReader
 class OutputParser:
     """Feeds on token bytes; its state depends on the tokens alone, so replaying them restores it after a crash.
 
-    ``calls`` looks for calls of tools in the answer. Stop strings do not count inside of them.
+    ``calls`` looks for calls of tools in the answer. Stop strings do not count inside of them. ``harmony`` says that the model
+    writes in the channels of gpt-oss.
     """
 
-    def __init__(self, stops: list[str], *, starts_reasoning: bool, calls: CallReader | None = None) -> None:
+    def __init__(self, stops: list[str], *, starts_reasoning: bool, calls: CallReader | None = None, harmony: bool = False) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = StopScanner(stops)
-        self._splitter = ReasoningSplitter(inside=starts_reasoning)
+        self._splitter = HarmonySplitter(has_calls=calls is not None) if harmony else ReasoningSplitter(inside=starts_reasoning)
         self._calls = calls
         self._open = ""
         self._logprobs: list[TokenLogprob] = []

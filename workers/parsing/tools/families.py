@@ -74,7 +74,23 @@ DEEPSEEK_V3_1 = Syntax(
 #: Granite 3.x and Phi-4-mini.
 TAGGED_LIST = Syntax(marker="<|tool_call|>", listed=True, ignored=("<|/tool_call|>",), **_OBJECT)  # type: ignore[arg-type]
 
+#: gpt-oss: the rest of a header (``workers.parsing.harmony``).
+HARMONY = Syntax(
+    section="<|channel|>commentary",
+    marker=" to=functions.",
+    head="",
+    between=(
+        " <|constrain|>json<|message|>",
+        "<|channel|>commentary <|constrain|>json<|message|>",
+        "<|channel|>commentary json<|message|>",
+        " <|message|>",
+        "<|channel|>commentary<|message|>",
+    ),
+    tail=("",),
+)
+
 FAMILIES: tuple[tuple[Callable[[str], bool], Syntax], ...] = (
+    (lambda template: "<|channel|>" in template and "functions." in template, HARMONY),
     (lambda template: "[TOOL_CALLS]" in template and "[ARGS]" in template, MISTRAL_ARGS),
     (lambda template: "[TOOL_CALLS]" in template, MISTRAL_LIST),
     (lambda template: "<｜tool▁call▁begin｜>" in template and "```json" in template, DEEPSEEK_R1),

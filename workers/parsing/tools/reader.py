@@ -90,7 +90,7 @@ class CallReader:
             return False
         place, marker = min(places)
         self._pass(pieces, place)
-        self._held = self._held.lstrip()[len(marker) :] if self._gap else self._held[len(marker) :]
+        self._held = self._held[self._held.find(marker) + len(marker) :]
         self._gap = True
         return self._begin_unit(self._held) if marker == self._syntax.marker else True
 
