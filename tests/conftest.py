@@ -71,6 +71,17 @@ def _start(service: embedded.Service, data_dir: Path) -> None:
         time.sleep(0.02)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests on whole installations and browsers another try: they wait for real processes on a machine with other work.
+
+    A failure that repeats still fails, and every rerun is shown in the summary.
+    """
+    whole = {"live", "fault_live", "fresh_live", "page"}
+    for item in items:
+        if whole & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=1))
+
+
 @pytest.fixture(scope="session")
 def services_dir() -> Path:
     """Return the data directory of this test run."""
