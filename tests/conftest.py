@@ -83,6 +83,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def django_db_setup(django_db_setup: None) -> Iterator[None]:
+    """Close the connections of threads that outlive the tests, so that the test database can be dropped."""
+    yield
+    from asgiref.sync import SyncToAsync
+    from django.db import connections
+
+    from lmweb import db
+
+    db._executor.shutdown()  # waits for whoever is still asking
+    SyncToAsync.single_thread_executor.submit(connections.close_all).result()  # where async tests and async code use the ORM
+
+
+@pytest.fixture(scope="session")
 def services_dir() -> Path:
     """Return the data directory of this test run."""
     assert _data_dir is not None
