@@ -29,6 +29,7 @@ export class Picker {
     document.addEventListener("visibilitychange", () => document.hidden || this.refresh());
     this.render();
     this.plan();
+    if (this.menu.matches(":popover-open")) this.toggled(true); // the browser opens it also before this script has run
   }
 
   get model() {
