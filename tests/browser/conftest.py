@@ -67,6 +67,11 @@ def sign_in(context: BrowserContext, live: Live, name: str, password: str = PASS
     return page
 
 
+def ready(page: Page) -> None:
+    """Wait until the chat page's scripts listen; the last thing that they do is to focus the composer."""
+    page.wait_for_function("() => document.activeElement?.id === 'composer-text'")
+
+
 @pytest.fixture
 def page(context: BrowserContext, live: Live) -> Page:
     """Return the chat page of an admin."""

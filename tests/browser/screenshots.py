@@ -1,4 +1,4 @@
-"""Take a picture of every page and state: ``python -m tests.browser.screenshots FOLDER`` (1280 and 390 pixels, light and dark).
+"""Take a picture of every page and state: ``python -m tests.browser.screenshots FOLDER`` (1920, 1280, 768 and 390 pixels, light and dark).
 
 Starts an installation of its own, fills it with scenes, and writes ``<scene>-<width>-<theme>.png`` and ``index.html``.
 """
@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, syn
 from tests.browser.conftest import ARGUMENTS, CHROMIUM, PASSWORD, sign_in
 from tests.live import Live
 
-SIZES = {1280: 800, 390: 844}
+SIZES = {1280: 800, 1920: 1080, 768: 1024, 390: 844}
 THEMES = ("light", "dark")
 
 
@@ -37,9 +37,9 @@ class Camera:
         page.screenshot(path=self.folder / f"{name}-{self.suffix}.png")
 
     @property
-    def is_phone(self) -> bool:
-        """Whether the window is a phone's."""
-        return self.suffix.startswith("390")
+    def has_drawers(self) -> bool:
+        """Whether the window is so narrow that the side columns are drawers."""
+        return int(self.suffix.partition("-")[0]) <= 900
 
 
 def before_setup(camera: Camera) -> None:
@@ -74,9 +74,9 @@ def signed_in(camera: Camera, scenes: dict[str, str]) -> None:
     camera.take(page, "chat-thought", answer, lambda p: p.locator(".reasoning summary").click())
     camera.take(page, "chat-picker", answer, lambda p: p.keyboard.press("Control+l"))
     camera.take(page, "chat-panel", answer, lambda p: p.locator(".bar [data-toggle-panel]").click())
-    if not camera.is_phone:
+    if not camera.has_drawers:
         page.locator(".bar [data-toggle-panel]").click()
-    if camera.is_phone:
+    if camera.has_drawers:
         camera.take(page, "chat-drawer", answer, lambda p: p.locator(".bar [data-toggle-sidebar]").click())
     camera.take(page, "person-menu", "/", lambda p: p.locator("[popovertarget=person-menu]").click())
     camera.take(page, "my-models", "/models/")

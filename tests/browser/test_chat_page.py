@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import BrowserContext, Page, Route, expect
 
-from tests.browser.conftest import sign_in
+from tests.browser.conftest import ready, sign_in
 from tests.browser.scenes import MARKDOWN
 from tests.live import Live
 from tests.micro_models import make_micro
@@ -68,7 +68,8 @@ def slow_model(live: Live, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def choose(page: Page, key: str) -> None:
-    """Choose a model in the picker."""
+    """Choose a model in the picker of a page that has just been opened."""
+    ready(page)
     page.keyboard.press("Control+l")
     page.locator(f".picker-row[data-key='{key}']").click()
 
@@ -78,7 +79,7 @@ def test_own_assets_are_small_and_the_composer_is_soon_usable(context: BrowserCo
     fresh.add_cookies(context.cookies())  # type: ignore[arg-type]  # what a context gives, another takes
     tab = fresh.new_page()
     tab.goto(live.base_url)
-    tab.wait_for_function("() => document.activeElement?.id === 'composer-text'")
+    ready(tab)
     usable = tab.evaluate("() => performance.now()")
     sizes = tab.evaluate("() => performance.getEntriesByType('resource').map(r => [r.name, r.encodedBodySize])")
     fresh.close()
@@ -176,7 +177,7 @@ def test_the_banner_shows_while_the_connection_is_lost(page: Page, live: Live) -
 
 def test_a_refused_message_comes_back_into_the_composer(page: Page, live: Live) -> None:
     page.goto(make_chat(live, "Answer"))
-    page.wait_for_function("() => document.activeElement?.id === 'composer-text'")
+    ready(page)
     live.rows("DELETE FROM chat_message WHERE chat_id = %s RETURNING 1", page.url.rsplit("/", 1)[1])
     compose(page, "My careful words")
     expect(page.locator("#composer-alert")).to_contain_text("not an answer of this chat")
@@ -185,6 +186,7 @@ def test_a_refused_message_comes_back_into_the_composer(page: Page, live: Live) 
 
 def test_keyboard_alone_sends_stops_renames_and_deletes(page: Page, live: Live, slow_model: str) -> None:
     page.goto(live.base_url)
+    ready(page)
     page.locator("#set-temperature").evaluate("node => { node.value = '0'; }")  # this model ends a greedy answer never by itself
     page.keyboard.press("Control+l")
     page.keyboard.type("browser")
@@ -268,6 +270,7 @@ def test_a_full_context_is_said_and_can_be_handled_otherwise(page: Page, live: L
     expect(page.locator(f"{ANSWER} > .overflow").last).to_have_text(said)
     finished(page, 26)
     page.reload()
+    ready(page)
     expect(page.locator(f"{ANSWER} > .overflow").last).to_have_text(said)
     expect(page.locator(f"{ANSWER} > .overflow:visible")).to_have_count(1)
 
@@ -375,7 +378,7 @@ def test_people_who_lose_access_are_sent_to_sign_in(context: BrowserContext, liv
     live.create_admin()  # until there is one, nobody signs in
     name = live.create_user("leaver")
     page = sign_in(context, live, name)
-    page.wait_for_function("() => document.activeElement?.id === 'composer-text'")
+    ready(page)
     page.wait_for_timeout(500)
     log = live.data_dir / "logs" / "web.log"
     before = log.stat().st_size

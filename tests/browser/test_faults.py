@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import sign_in
+from tests.browser.conftest import ready, sign_in
 from tests.live import Live
 from tests.micro_models import make_micro
 
@@ -29,6 +29,7 @@ def slow_model(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_the_page_catches_up_without_reloading(page: Page, fault_live: Live, slow_model: str, service: str) -> None:
     live = fault_live
     page.goto(live.base_url)
+    ready(page)
     page.locator(".bar [data-toggle-panel]").click()
     page.get_by_label("Temperature").fill("0")
     page.get_by_label("Max tokens").fill("600")
@@ -49,7 +50,7 @@ def test_the_page_catches_up_without_reloading(page: Page, fault_live: Live, slo
 def test_signing_out_ends_the_other_tab(page: Page, live: Live) -> None:
     other = page.context.new_page()
     other.goto(live.base_url)
-    other.wait_for_function("() => document.activeElement?.id === 'composer-text'")
+    ready(other)
     page.locator("[popovertarget=person-menu]").click()
     page.get_by_role("menuitem", name="Sign out").click()
     for tab in (page, other):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
+from tests.browser.conftest import ready
 from tests.live import Live
 from tests.micro_models import make_micro
 
@@ -68,6 +69,7 @@ def test_set_up_chat_import_stream_reload_second_tab_stop(context: BrowserContex
 
     # It is chosen in the picker, and its tokens stream.
     page.get_by_role("link", name="Chat", exact=True).click()
+    ready(page)
     page.keyboard.press("Control+l")
     page.locator(".picker-row[data-key='test/slow']").click()
     page.locator(".bar [data-toggle-panel]").click()
