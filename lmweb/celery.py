@@ -10,8 +10,10 @@ import os
 from typing import Any
 
 from celery import Celery
+from celery.app.amqp import AMQP
 from celery.beat import EmbeddedService
 from celery.signals import worker_ready
+from kombu.connection import Connection
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "lmweb.settings")
 
@@ -19,11 +21,29 @@ import django  # needs the variable above
 from django.apps import apps
 from django.conf import settings
 
+BROKER_RETRY = {"interval_start": 0.2, "interval_step": 0.2, "interval_max": 1.0}
+
 if not apps.ready:  # a worker starts here
     django.setup()
 
+
+class PatientConnection(Connection):
+    """Looks for a lost broker several times a second: Celery's own steps of 2, 4, 6... seconds outlast any restart of ours."""
+
+    def ensure_connection(self, *args: Any, **kwargs: Any) -> Connection:
+        """Wait for the broker, with short steps."""
+        super().ensure_connection(*args, **(BROKER_RETRY | kwargs))  # type: ignore[no-untyped-call]
+        return self
+
+
+class Amqp(AMQP):
+    """Celery's messaging over such connections."""
+
+    Connection = PatientConnection
+
+
 # Without Celery's own fixup for Django: it closes the database connection after every task, and a new one costs 10 ms.
-app = Celery("lmweb", fixups=[])
+app = Celery("lmweb", fixups=[], amqp=Amqp)
 app.conf.update(
     broker_url=settings.REDIS_URL.replace("unix://", "redis+socket://", 1),  # kombu's name for a unix socket
     broker_connection_retry_on_startup=True,
@@ -43,7 +63,7 @@ app.conf.update(
     worker_cancel_long_running_tasks_on_connection_loss=False,
     timezone="UTC",
     beat_schedule={
-        "reap": {"task": "workers.tasks.reap", "schedule": 3.0, "options": {"expires": 3.0}},
+        "reap": {"task": "workers.tasks.reap", "schedule": 2.0, "options": {"expires": 2.0}},
         "forget-deleted-chats": {"task": "chat.tasks.forget_deleted", "schedule": 60.0, "options": {"expires": 60.0}},
     },
     imports=("workers.tasks", "chat.tasks"),

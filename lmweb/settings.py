@@ -157,6 +157,10 @@ LOGGING = {
         "django.request": {"level": "ERROR"},
         "httpx": {"level": "WARNING"},
         "axes": {"level": "WARNING"},
+        # A line per task would be two per request, on the way to its first token.
+        "celery.worker.strategy": {"level": "WARNING"},
+        "celery.app.trace": {"level": "WARNING"},
+        "celery.beat": {"level": "WARNING"},
         "daphne": {"level": "WARNING"},
     },
 }

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import redis.asyncio
@@ -29,7 +29,7 @@ from workers.schemas import AnyRequest, GenerationRequest, request_to_builtins
 
 SILENCE_SECONDS = 2.0
 #: How long a message may take to its worker before the reaper sends it again.
-DISPATCH_SECONDS = 10
+DISPATCH_SECONDS = 5
 
 
 def resolve_model(principal: Principal, name: str) -> InstalledModel:
@@ -70,8 +70,14 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
             lease_until=timezone.now() + timedelta(seconds=DISPATCH_SECONDS) if node else None,
         )
     if node:
-        transaction.on_commit(lambda: dispatch.send(dispatch.GENERATE, node.name, str(generation.id)))
+        transaction.on_commit(partial(_dispatch, generation.id, node.name))
     return generation
+
+
+def _dispatch(generation_id: uuid.UUID, node: str) -> None:
+    """Send a generation to its node; if the broker is away, the reaper is to try again as soon as it looks."""
+    if not dispatch.send(dispatch.GENERATE, node, str(generation_id)):
+        Generation.objects.filter(pk=generation_id, status=Generation.Status.QUEUED).update(lease_until=None)
 
 
 @contextmanager
