@@ -163,6 +163,13 @@ class DjangoStore:
                     ours.add(p.id)
         return ours
 
+    def unregister(self) -> None:
+        """Forget this node's models and its heartbeat; the row stays, for its history."""
+        with _brief(durable=True):
+            ModelInstance.objects.filter(node_id=self.node_name).delete()
+            gone = timezone.now() - timedelta(days=1)
+            WorkerNode.objects.filter(name=self.node_name, incarnation=self.incarnation).update(heartbeat_at=gone)
+
     def give_back(self, progress: list[Progress]) -> None:
         """Save and queue again, at once available to any worker."""
         if not progress:

@@ -150,6 +150,7 @@ class Host:
             unfinished = [live for live in self._lives.values() if not live.ended]
         self._write(unfinished)
         try:
+            self.store.unregister()
             self._finish_ended()
             self.store.give_back([live.progress() for live in unfinished])
         except DatabaseError as error:

@@ -9,7 +9,7 @@ from django.db import models
 from django.utils import timezone
 
 HEARTBEAT_SECONDS = 2.0
-ALIVE_SECONDS = 12.0
+ALIVE_SECONDS = 8.0
 
 
 class WorkerNodeQuerySet(models.QuerySet["WorkerNode"]):

@@ -93,6 +93,9 @@ class Store(Protocol):
     def finish(self, outcomes: list[Outcome]) -> set[str]:
         """Write the ends; returns the ids that were still ours."""
 
+    def unregister(self) -> None:
+        """Say that this node has stopped, so that nothing is sent to it any more."""
+
     def give_back(self, progress: list[Progress]) -> None:
         """Save and queue again what this worker could not finish before its shutdown."""
 

@@ -129,7 +129,7 @@ def test_loaded_models_are_listed(page: Client) -> None:
     ModelInstance.objects.create(identifier="my-name", model=model, node=node, status="ready", config={"context_length": 4096})
     body = page.get("/developer/instances").content.decode()
     assert "my-name" in body
-    assert "4096" in body
+    assert "4,096" in body
 
 
 def test_nobody_sees_nothing(client: Client) -> None:

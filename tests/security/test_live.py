@@ -84,7 +84,8 @@ def test_no_secret_reaches_a_log(live: Live) -> None:
     }
     sign_in(live, "canary-person", canaries["password"])
     sign_in(live, "canary-person", canaries["wrong password"])
-    live.manage("user", "create", "canary-other", "--password-stdin", stdin=canaries["password"] + "\n")
+    other = f"canary-{uuid.uuid4().hex[:8]}"  # a second try of this test meets the person of the first one
+    live.manage("user", "create", other, "--password-stdin", stdin=canaries["password"] + "\n")
     prompt = f'{{"model":"lmweb/starter","messages":[{{"role":"user","content":"{canaries["prompt"]}"}}],"max_tokens":3}}'
     requests = [
         (token, prompt),

@@ -9,6 +9,7 @@ from pathlib import Path
 from models_app.models import Generation, InstalledModel, ModelInstance
 from tests.workers.support import GREEDY, Bench, make_host, wait_for
 from workers.events import ChatEnd, ChatStart, Error, MessageDelta, MessageEnd, MessageStart, ModelLoadEnd, ModelLoadStart
+from workers.models import WorkerNode
 from workers.schemas import ChatMessage, SamplingParams
 
 LONG = SamplingParams(temperature=0.0, repeat_penalty=1.0, max_tokens=1500, ignore_eos=True)
@@ -116,6 +117,7 @@ def test_shutdown_gives_unfinished_work_to_the_next_worker(bench: Bench, starter
     bench.host.generate(str(generation.pk))
     wait_for(lambda: len(bench.text(generation)) > 50)
     bench.host.stop()
+    assert not WorkerNode.objects.alive().exists(), "nothing may be sent to a node that has stopped"
     generation.refresh_from_db()
     assert generation.status == "queued"
     assert generation.content == bench.text(generation)
