@@ -147,12 +147,12 @@ def megabytes(used: dict[str, tuple[int, int]], index: int) -> str:
     return f"{sum(sizes[index] for sizes in used.values()) / 1e6:.0f}"
 
 
-def write(lines: list[str]) -> None:
-    """Replace the section in RESULTS.md, leaving the others alone."""
+def write(lines: list[str], heading: str = HEADING, script: str = "bench/startup.py") -> None:
+    """Replace a section in RESULTS.md, leaving the others alone."""
     file = REPOSITORY / "bench" / "RESULTS.md"
     text = file.read_text() if file.exists() else "# Measurements\n"
-    section = "\n".join([HEADING, "", "`bench/startup.py`.", *lines, ""])
-    pattern = re.compile(rf"^{HEADING}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    section = "\n".join([heading, "", f"`{script}`.", *lines, ""])
+    pattern = re.compile(rf"^{heading}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
     text = pattern.sub(lambda _: section + "\n", text) if pattern.search(text) else f"{text.rstrip()}\n\n{section}"
     file.write_text(text.rstrip() + "\n")
 
