@@ -174,11 +174,6 @@ def request_to_builtins(request: AnyRequest) -> dict[str, Any]:
     return data
 
 
-def request_from_builtins(data: dict[str, Any]) -> GenerationRequest:
-    """Rebuild a stored request. Raises ``msgspec.ValidationError`` for data that is not one."""
-    return msgspec.convert(data, GenerationRequest, strict=False)
-
-
 class _Kind(msgspec.Struct):
     inputs: msgspec.Raw = msgspec.Raw()
 
