@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if whole & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=1))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what a whole installation wrote down beside the failure of a test that used it."""
+    report = yield
+    if report.failed:
+        used = {value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Live)}
+        report.sections += [section for live in used for section in live.evidence()]
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -136,6 +136,17 @@ class Live:
         with psycopg.connect(self.facts["database_url"], autocommit=True) as connection:
             return connection.execute(sql, parameters).fetchall()
 
+    def evidence(self) -> list[tuple[str, str]]:
+        """Return titles and texts that explain a failure: what runs, the nodes' heartbeats, and the end of every log."""
+        found = [("installation", json.dumps({"facts": self.facts, "left": processes_of(self.data_dir)}, indent=1))]
+        with contextlib.suppress(psycopg.OperationalError, KeyError):
+            found.append(("nodes", "\n".join(map(str, self.rows("SELECT name, now() - heartbeat_at FROM workers_workernode")))))
+            columns = "id, status, node, seq, created_at, lease_until, error_message"
+            newest = self.rows(f"SELECT {columns} FROM models_app_generation ORDER BY created_at DESC LIMIT 5")
+            found.append(("newest generations", "\n".join(map(str, newest))))
+        files = [self.output, *sorted(self.data_dir.glob("logs/*.log"))]
+        return found + [(f"end of {file.name}", file.read_text(errors="replace")[-3000:]) for file in files if file.exists()]
+
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> int:
         """Send a signal to one of its processes and return the process id it had."""
         pid = self.processes[name]
