@@ -24,6 +24,7 @@ class Action(StrEnum):
     LOAD_MODELS = "load_models"
     IMPORT_MODELS = "import_models"
     DELETE_MODELS = "delete_models"
+    CHANGE_TEMPLATES = "change_templates"
     MANAGE_PEOPLE = "manage_people"
     MANAGE_WORKERS = "manage_workers"
 
@@ -37,7 +38,13 @@ ROLE_ACTIONS: dict[str, set[Action]] = {
 SCOPE_ACTIONS: dict[str, set[Action]] = {
     Scope.INFERENCE: {Action.GENERATE},
     Scope.MODELS_READ: {Action.READ_MODELS},
-    Scope.MODELS_MANAGE: {Action.READ_MODELS, Action.LOAD_MODELS, Action.IMPORT_MODELS, Action.DELETE_MODELS},
+    Scope.MODELS_MANAGE: {
+        Action.READ_MODELS,
+        Action.LOAD_MODELS,
+        Action.IMPORT_MODELS,
+        Action.DELETE_MODELS,
+        Action.CHANGE_TEMPLATES,
+    },
 }
 
 

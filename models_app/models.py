@@ -47,7 +47,8 @@ class InstalledModel(models.Model):
     format = models.CharField(max_length=16, default="gguf")
     capabilities = models.JSONField(default=dict)
     path = models.CharField(max_length=1024, unique=True, help_text="Relative to the models directory: publisher/name/file.gguf.")
-    chat_template = models.TextField(blank=True)
+    chat_template = models.TextField(blank=True, help_text="The file's own.")
+    chat_template_override = models.TextField(blank=True, help_text="Used instead of the file's; services.set_chat_template writes it.")
     imported_by = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
 

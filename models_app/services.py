@@ -13,13 +13,14 @@ from django.db import IntegrityError, transaction
 from django.db.models import Count
 
 from lmweb.access import Action, Principal, require
-from lmweb.errors import Conflict, InvalidModelFile, InvalidRequest, ServiceUnavailable
+from lmweb.errors import Conflict, InvalidModelFile, InvalidRequest, ServiceUnavailable, TemplateError
 from models_app import gguf, naming, placement
 from models_app.models import Generation, InstalledModel, ModelInstance
 from models_app.placement import Mode
 from workers import dispatch
 from workers.models import WorkerNode
 from workers.schemas import LoadConfig
+from workers.template_preview import TemplatePreview, preview
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +189,48 @@ def ensure_starter(*, restore: bool = False) -> InstalledModel | None:
 
 def _starter_marker() -> Path:
     return placement.models_dir() / ".starter-deleted"
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------------
+
+
+def set_chat_template(*, principal: Principal | None, model: InstalledModel, text: str) -> TemplatePreview | None:
+    """Use this chat template (Jinja) instead of the one in the model's file, from the next request on; nothing is loaded again.
+
+    An empty text goes back to the file's and returns None; otherwise the preview of what was saved is returned. ``model`` is
+    updated. ``principal`` None stands for the administrator at the command line.
+
+    Raises ``PermissionDenied`` (only admins: the template shapes everybody's conversations), and ``TemplateError`` with ``param``
+    ``chat_template`` for a text that is no valid template or cannot render a conversation; then nothing is changed.
+    """
+    if principal:
+        require(principal, Action.CHANGE_TEMPLATES)
+    text = _template_text(text)
+    if text == _template_text(model.chat_template):
+        text = ""  # what the file says is no override
+    found = preview(text) if text else None
+    InstalledModel.objects.filter(pk=model.pk).update(chat_template_override=text)
+    model.chat_template_override = text
+    return found
+
+
+def preview_chat_template(*, principal: Principal, model: InstalledModel, text: str | None = None) -> TemplatePreview:
+    """Return what a template makes of a sample conversation, without saving it.
+
+    ``text`` None or empty previews the template in force (of a file without one: ChatML). Raises ``PermissionDenied`` for who may
+    not see models, or try their own text out, and ``TemplateError`` as ``set_chat_template`` does.
+    """
+    text = _template_text(text or "")
+    require(principal, Action.CHANGE_TEMPLATES if text else Action.READ_MODELS)
+    return preview(text or model.chat_template_override or model.chat_template)
+
+
+def _template_text(text: str) -> str:
+    """Return a template with the line ends of the files it comes from: forms send others. Raises ``TemplateError`` for NUL."""
+    if "\x00" in text:
+        raise TemplateError("The chat template contains a NUL character.", param="chat_template")
+    text = text.replace("\r\n", "\n")
+    return text if text.strip() else ""
 
 
 # --- in memory --------------------------------------------------------------------------------------------------------

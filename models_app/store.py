@@ -40,7 +40,7 @@ RETURNING g.id, g.cancel_requested
 
 _CLAIM_COLUMNS = (
     "id", "user_id", "request", "resumes", "seq", "content", "reasoning", "output_tokens", "tool_calls", "cancel_requested",
-    "model_id", "model_key", "model_format", "model_path",
+    "model_id", "model_key", "model_format", "model_path", "chat_template",
 )  # fmt: skip
 _CLAIM = """
 UPDATE models_app_generation AS g
@@ -48,7 +48,7 @@ SET status = 'running', node = %s, incarnation = %s, lease_until = %s, started_a
 FROM models_app_installedmodel AS m
 WHERE g.id = %s AND g.status = 'queued' AND m.id = g.model_id
 RETURNING g.id, g.user_id, g.request, g.resumes, g.seq, g.content, g.reasoning, g.output_tokens, g.tool_calls, g.cancel_requested,
-          m.id, m.key, m.format, m.path
+          m.id, m.key, m.format, m.path, m.chat_template_override
 """
 
 
@@ -259,7 +259,13 @@ def _claim(row: dict[str, Any]) -> Claim:
     return Claim(
         id=str(row["id"]),
         owner=str(row["user_id"]),
-        model=ModelFile(row["model_id"], row["model_key"], row["model_format"], str(Path(settings.MODELS_DIR) / row["model_path"])),
+        model=ModelFile(
+            id=row["model_id"],
+            key=row["model_key"],
+            format=row["model_format"],
+            path=str(Path(settings.MODELS_DIR) / row["model_path"]),
+            chat_template=row["chat_template"],
+        ),
         identifier=request.model,
         request=request,
         resumes=row["resumes"],

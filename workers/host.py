@@ -260,7 +260,10 @@ class Host:
         if isinstance(claim.request, EmbeddingRequest):
             runner.submit(Embed(generation_id=live.id, request=claim.request, owner=claim.owner))
         else:
-            runner.submit(Submit(generation_id=live.id, request=claim.request, owner=claim.owner, output_tokens=tokens))
+            template = claim.model.chat_template
+            runner.submit(
+                Submit(generation_id=live.id, request=claim.request, owner=claim.owner, output_tokens=tokens, chat_template=template)
+            )
 
     # --- what runners say ----------------------------------------------------------------------------------------------
 

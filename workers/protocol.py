@@ -38,13 +38,15 @@ class Load(Message):
 class Submit(Message):
     """Start a generation. ``output_tokens`` continues an interrupted one: they are prefilled after the prompt, not sent again.
 
-    ``owner`` tags the KV cache: private prefixes are shared only within one owner.
+    ``owner`` tags the KV cache: private prefixes are shared only within one owner. ``chat_template`` takes the place of the one in
+    the model's file, for this request.
     """
 
     generation_id: str
     request: GenerationRequest
     owner: str
     output_tokens: list[int] = []
+    chat_template: str = ""
 
 
 class Embed(Message):

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,14 +41,12 @@ from workers.events import (
     TopLogprob,
 )
 from workers.overflow import room_for_answer, shorten
-from workers.parsing.harmony import speaks_harmony
 from workers.parsing.output import OutputParser, replay
-from workers.parsing.tools.prompts import ToolPrompt
 from workers.parsing.tools.reader import CallReader
 from workers.parsing.tools.requests import call_limit, callable_tools, grammars, usable_tools
+from workers.prompting import Prompter
 from workers.protocol import Cancel, Channel, Embed, HostMessage, Load, Loaded, LoadFailed, LoadProgress, Output, Shutdown, Step, Submit
 from workers.schemas import ChatMessage, GenerationRequest, Tool
-from workers.templates import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +96,7 @@ class Runner:
     def __init__(self, engine: Engine, step_log: StepLog) -> None:
         self.engine = engine
         self.jobs: dict[str, Job] = {}
-        self._template = ChatTemplate(engine.info.chat_template, bos_token=engine.info.bos_text, eos_token=engine.info.eos_text)
+        self._prompter = lru_cache(maxsize=8)(self._make_prompter)
         self._shared_prefix = lru_cache(maxsize=256)(self._render_shared_prefix)
         self._log = step_log
         self._queue = QueueReport(engine.info.parallel)
@@ -113,9 +111,10 @@ class Runner:
         """Queue an embedding request; returns its only output if it is refused."""
         return self._embeddings.submit(message)
 
-    @cached_property
-    def _tool_prompt(self) -> ToolPrompt:
-        return ToolPrompt(self._template, self.engine.info.chat_template)
+    def _make_prompter(self, chat_template: str) -> Prompter:
+        """Return what makes prompts with this template, or with the model's own if it is empty. Raises ``TemplateError``."""
+        info = self.engine.info
+        return Prompter(chat_template or info.chat_template, bos_token=info.bos_text, eos_token=info.eos_text)
 
     def submit(self, message: Submit) -> Output | None:
         """Start a generation; returns what is to be said at once: that it was refused, is complete already, or was shortened."""
@@ -183,7 +182,8 @@ class Runner:
         request, info = message.request, self.engine.info
         if not info.can_generate:
             raise InvalidRequest("This model makes embeddings; it cannot chat.", param="model")
-        messages, prompt_text, prompt = self._fit(request)
+        prompter = self._prompter(message.chat_template)
+        messages, prompt_text, prompt = self._fit(prompter, request)
         if not prompt:
             raise InvalidRequest("The prompt is empty.", param="messages")
         if len(prompt) >= info.context_length:
@@ -199,15 +199,15 @@ class Runner:
         room = info.context_length - len(prompt)
         starts_reasoning = prompt_text.rstrip("\n").endswith("<think>")
         parser = OutputParser(
-            sampling.stop, starts_reasoning=starts_reasoning, calls=self._call_reader(message), harmony=speaks_harmony(info.chat_template)
+            sampling.stop, starts_reasoning=starts_reasoning, calls=_call_reader(prompter, message), harmony=prompter.speaks_harmony
         )
-        constraint = self._constraint(request)
+        constraint = self._constraint(prompter, request)
         replay(parser, message.output_tokens, self.engine.piece, constraint)
         sequence = Sequence(
             id=message.generation_id,
             owner=message.owner,
             prompt=prompt,
-            shared_prefix=self._shared_tokens(request, prompt),
+            shared_prefix=self._shared_tokens(message, prompt),
             sampling=sampling,
             limit=min(sampling.max_tokens or room, room),
             lane=request.lane,
@@ -224,43 +224,38 @@ class Runner:
             call_limit=call_limit(request),
         )
 
-    def _fit(self, request: GenerationRequest) -> tuple[list[ChatMessage], str, list[int]]:
+    def _fit(self, prompter: Prompter, request: GenerationRequest) -> tuple[list[ChatMessage], str, list[int]]:
         """Return the messages that the model gets, with their prompt as text and tokens; too long only if nothing may be left out."""
-        text, prompt = self._render(request, request.messages)
+
+        def rendered(messages: list[ChatMessage]) -> tuple[str, list[int]]:
+            text = prompter.render(request, messages)
+            return text, self._tokenize(text)
+
+        text, prompt = rendered(request.messages)
         context_length = self.engine.info.context_length
         if len(prompt) < context_length or request.context_overflow == "stopAtLimit":
             return request.messages, text, prompt
         limit = context_length - room_for_answer(context_length, request.sampling.max_tokens)
-        shortened = shorten(request.messages, request.context_overflow, lambda kept: len(self._render(request, kept)[1]) <= limit)
+        shortened = shorten(request.messages, request.context_overflow, lambda kept: len(rendered(kept)[1]) <= limit)
         if shortened is None:
             return request.messages, text, prompt
-        return shortened[0], *self._render(request, shortened[0])
+        return shortened[0], *rendered(shortened[0])
 
-    def _render(self, request: GenerationRequest, messages: list[ChatMessage]) -> tuple[str, list[int]]:
-        tools = usable_tools(request)
-        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
-            text = self._tool_prompt.render(messages, tools, variables=request.template_kwargs)
-        else:
-            text = self._template.render(messages, variables=request.template_kwargs)
+    def _tokenize(self, prompt: str) -> list[int]:
         bos = self.engine.info.bos_text
-        return text, self.engine.tokenize(text, add_bos=not (bos and text.startswith(bos)))
+        return self.engine.tokenize(prompt, add_bos=not (bos and prompt.startswith(bos)))
 
-    def _call_reader(self, message: Submit) -> CallReader | None:
-        tools = callable_tools(message.request)
-        if not tools:
-            return None
-        return CallReader(self._tool_prompt.syntax, frozenset(tool.name for tool in tools), message.generation_id)
-
-    def _constraint(self, request: GenerationRequest) -> Constraint | None:
+    def _constraint(self, prompter: Prompter, request: GenerationRequest) -> Constraint | None:
         if callable_tools(request):
-            return self.engine.constraints().make_calls(partial(grammars, request, self._tool_prompt.syntax))
+            return self.engine.constraints().make_calls(partial(grammars, request, prompter.syntax))
         return None if request.output_format is None else self.engine.constraints().make(request.output_format)
 
-    def _shared_tokens(self, request: GenerationRequest, prompt: list[int]) -> int:
+    def _shared_tokens(self, message: Submit, prompt: list[int]) -> int:
         """Return how many tokens of the prompt come from the system prompt and the tools, which different people may share."""
+        request = message.request
         if request.messages[0].role not in {"system", "developer"}:
             return 0
-        prefix = self._shared_prefix(request.messages[0], usable_tools(request))
+        prefix = self._shared_prefix(message.chat_template, request.messages[0], usable_tools(request))
         n = 0
         for mine, theirs in zip(prompt, prefix, strict=False):
             if mine != theirs:
@@ -268,16 +263,12 @@ class Runner:
             n += 1
         return n
 
-    def _render_shared_prefix(self, message: ChatMessage, tools: tuple[Tool, ...]) -> tuple[int, ...]:
+    def _render_shared_prefix(self, chat_template: str, message: ChatMessage, tools: tuple[Tool, ...]) -> tuple[int, ...]:
         try:
-            if tools:
-                text = self._tool_prompt.render([message], tools, add_generation_prompt=False)
-            else:
-                text = self._template.render([message], add_generation_prompt=False)
+            text = self._prompter(chat_template).render_opening(message, tools)
         except LmwebError:  # some templates demand a user's turn
             return ()
-        info = self.engine.info
-        return tuple(self.engine.tokenize(text, add_bos=not (info.bos_text and text.startswith(info.bos_text))))
+        return tuple(self._tokenize(text))
 
     def _prompt_events(self, job: Job, done: int) -> list[AnyEvent]:
         total = len(job.sequence.prompt)
@@ -343,6 +334,11 @@ class Runner:
         stats = job.stats("toolCalls" if reason == "eosFound" and job.parser.completed_calls else reason)
         self._queue.note_end(stats.generation_time_seconds)
         return stats
+
+
+def _call_reader(prompter: Prompter, message: Submit) -> CallReader | None:
+    tools = callable_tools(message.request)
+    return CallReader(prompter.syntax, frozenset(tool.name for tool in tools), message.generation_id) if tools else None
 
 
 class QueueReport:

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+Reasoning = Literal["off", "low", "medium", "high", "on"]
 OverflowPolicy = Literal["stopAtLimit", "truncateMiddle", "rollingWindow"]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 
@@ -119,13 +120,15 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only
 
     ``model`` is a key or an instance identifier. ``context_overflow`` says what becomes of messages that do not fit. ``top_logprobs`` asks for the log-probability of each token and of that many
     alternatives (None: of none). ``tool_choice`` "none" hides the tools, "required" or a named one makes the answer a call;
-    without ``parallel_tool_calls`` the answer ends after one. ``lane`` is the request's place when the model is busy.
+    without ``parallel_tool_calls`` the answer ends after one. ``lane`` is the request's place when the model is busy. ``reasoning``
+    says how much the model is to think, in LM Studio's words, ``template_kwargs`` sets variables of the chat template by name.
     """
 
     model: Annotated[str, Meta(min_length=1, max_length=512)]
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=10_000)]
     sampling: SamplingParams = SamplingParams()
     template_kwargs: dict[str, Any] = {}
+    reasoning: Reasoning | None = None
     context_overflow: OverflowPolicy = "stopAtLimit"
     output_format: OutputFormat | None = None
     tools: Annotated[tuple[Tool, ...], Meta(max_length=MAX_TOOLS)] = ()

@@ -15,12 +15,13 @@ from workers.schemas import AnyRequest, LoadConfig, ToolCall
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A model that can be loaded: row id, key, format and absolute path."""
+    """A model that can be loaded: row id, key, format, absolute path, and the chat template in place of the file's (empty: none)."""
 
     id: int
     key: str
     format: str
     path: str
+    chat_template: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from types import FrameType, GeneratorType
 from typing import Any
@@ -144,7 +144,9 @@ class ChatTemplate:
         except (JinjaError, RecursionError) as error:
             raise TemplateError(f"The model's chat template is not valid: {error}") from error
 
-    def render(self, messages: list[ChatMessage], *, add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None
+    ) -> str:
         """Return the prompt of a conversation. Raises ``TemplateError`` if the template refuses it or breaks a limit."""
         data = [{"role": message.role, "content": message.content} for message in messages]
         return self.render_data(data, add_generation_prompt=add_generation_prompt, variables=variables)

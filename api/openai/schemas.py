@@ -130,6 +130,7 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     service_tier: str | None = None
+    reasoning_effort: str | None = None
 
     # Known to OpenAI, would change the answer, not supported: refused by name unless they ask for nothing (translate.py).
     functions: Any = None
@@ -137,7 +138,6 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True):
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
-    reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 

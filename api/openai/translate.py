@@ -63,7 +63,6 @@ UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "modalities": lambda value: value == ["text"],
     "audio": lambda value: False,
     "prediction": lambda value: False,
-    "reasoning_effort": lambda value: False,
     "verbosity": lambda value: value == "medium",
     "web_search_options": lambda value: False,
 }
@@ -71,6 +70,9 @@ UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
 SAMPLING_NAMES = (
     "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "seed", "logit_bias", "ignore_eos",
 )  # fmt: skip
+
+#: OpenAI's words for the effort of reasoning, and LM Studio's, which are ours.
+REASONING_EFFORTS = {"none": "off", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high"}
 
 #: What the chat template is given by us; a request may not replace it.
 RESERVED_TEMPLATE_NAMES = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
@@ -100,6 +102,7 @@ def to_generation_request(request: ChatCompletionRequest) -> GenerationRequest:
         "messages": [_message(message, f"messages[{index}]") for index, message in enumerate(request.messages)],
         "sampling": _sampling(request),
         "template_kwargs": _template_kwargs(request),
+        "reasoning": _reasoning(request),
         "output_format": structured.output_format(request),
         "tools": structured.tools(request),
         "tool_choice": structured.tool_choice(request),
@@ -189,6 +192,14 @@ def _sampling(request: ChatCompletionRequest) -> dict[str, Any]:
 def _limit_name(request: ChatCompletionRequest) -> str:
     """Return which of its two names the limit on the answer was given by."""
     return "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+
+
+def _reasoning(request: ChatCompletionRequest) -> str | None:
+    """Return how much the model is to think, in LM Studio's words for OpenAI's."""
+    effort = request.reasoning_effort
+    if effort is not None and effort not in REASONING_EFFORTS:
+        raise InvalidRequest(f"'reasoning_effort' must be one of {', '.join(REASONING_EFFORTS)}.", param="reasoning_effort")
+    return None if effort is None else REASONING_EFFORTS[effort]
 
 
 def _template_kwargs(request: ChatCompletionRequest) -> dict[str, Any]:
