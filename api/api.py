@@ -15,8 +15,11 @@ from ninja import NinjaAPI, Router
 from ninja.errors import AuthenticationError, HttpError, ValidationError
 
 from api.auth import authenticate
+from api.body import json_response
 from api.openai import routes as openai_routes
 from api.openai.translate import error_response
+from api.rest_v1 import routes as rest_v1_routes
+from api.rest_v1.translate import error_response as rest_v1_error_response
 from lmweb.errors import InvalidRequest, LmwebError, NotAuthenticated, NotFound, PayloadTooLarge, ServiceUnavailable
 
 logger = logging.getLogger(__name__)
@@ -57,7 +60,16 @@ def as_lmweb_error(error: Exception) -> LmwebError:
 
 def openai_error(error: LmwebError) -> HttpResponse:
     """Return an error as OpenAI's clients expect it."""
-    response = openai_routes.json_response(error_response(error), status=error.status)
+    return _error(json_response(error_response(error), status=error.status), error)
+
+
+def rest_v1_error(error: LmwebError) -> HttpResponse:
+    """Return an error as clients of REST v1 expect it."""
+    return _error(json_response(rest_v1_error_response(error), status=error.status), error)
+
+
+def _error(response: HttpResponse, error: LmwebError) -> HttpResponse:
+    """Add the headers that tell clients what to do about an error."""
     if error.status == 401:
         response["WWW-Authenticate"] = "Bearer"
     if error.retryable:
@@ -106,3 +118,4 @@ def _with_rendered_405(view: Callable[..., Awaitable[HttpResponseBase]], render:
 
 
 openai_api = build_api("openai", openai_routes.router, openai_error)
+rest_v1_api = build_api("rest_v1", rest_v1_routes.router, rest_v1_error)

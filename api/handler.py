@@ -17,7 +17,7 @@ from django.core.handlers.exception import convert_exception_to_response
 
 from lmweb.body_limits import Receive, Scope, Send
 
-PREFIXES = ("/v1/",)
+PREFIXES = ("/v1/", "/api/v1/")
 
 
 def is_api_path(path: str) -> bool:

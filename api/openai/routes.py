@@ -15,12 +15,13 @@ from ninja import Router
 
 from api import sse
 from api.auth import carries_secret, principal_of, secret_of
+from api.body import json_body, json_response
 from api.feed import Begun, Feed
 from api.openai import embeddings, translate
 from api.openai.schemas import ChatCompletionRequest, Model, ModelList
 from lmweb.access import Action, Principal, authenticate_token, require
 from lmweb.db import run_db
-from lmweb.errors import GenerationInterrupted, InvalidRequest, LmwebError
+from lmweb.errors import GenerationInterrupted, LmwebError
 from models_app.generations import resolve_model, start_generation
 from models_app.models import InstalledModel, ModelInstance
 from workers.events import (
@@ -44,13 +45,6 @@ HEADER_WAIT_SECONDS = 3.0
 KEEP_ALIVE_SECONDS = 10.0
 
 _encoder = msgspec.json.Encoder()
-
-
-def json_response(body: msgspec.Struct, *, status: int = 200) -> HttpResponse:
-    """Return a struct as JSON."""
-    content = _encoder.encode(body)
-    headers = {"Content-Length": str(len(content)), "X-Content-Type-Options": "nosniff"}
-    return HttpResponse(content, status=status, content_type="application/json", headers=headers)
 
 
 @router.get("/models")
@@ -85,7 +79,7 @@ async def chat_completions(request: HttpRequest) -> HttpResponseBase:
 def _begin(request: HttpRequest, generation_id: uuid.UUID) -> Begun[ChatCompletionRequest]:
     """Authenticate, parse and start."""
     principal = authenticate_token(secret_of(request))
-    body = translate.parse_request(_json_body(request))
+    body = translate.parse_request(json_body(request))
     native, n = translate.to_generation_request(body), translate.choices(body)
     start = partial(start_generation, principal=principal, source="openai")
     if n == 1:
@@ -125,7 +119,7 @@ async def create_embeddings(request: HttpRequest) -> HttpResponse:
 def _begin_embeddings(request: HttpRequest, generation_id: uuid.UUID) -> Begun[embeddings.Collector]:
     """Authenticate, parse and start."""
     principal = authenticate_token(secret_of(request))
-    body = embeddings.parse_request(_json_body(request))
+    body = embeddings.parse_request(json_body(request))
     native = embeddings.to_embedding_request(body)
     generation = start_generation(principal=principal, request=native, source="openai", generation_id=generation_id)
     return Begun(principal, generation, embeddings.Collector(len(native.inputs), as_base64=body.encoding_format == "base64"))
@@ -151,14 +145,6 @@ def _visible_model(principal: Principal, name: str) -> Model:
 
 def _model(model: InstalledModel, name: str) -> Model:
     return Model(id=name, created=int(model.created_at.timestamp()), owned_by=model.publisher)
-
-
-def _json_body(request: HttpRequest) -> bytes:
-    """Return the body. Raises ``InvalidRequest`` if it is declared as something else than JSON."""
-    kind = (request.content_type or "").lower()
-    if kind and kind != "application/json" and not kind.endswith("+json"):
-        raise InvalidRequest(f"The body must be application/json, not {kind[:80]}.")
-    return request.body
 
 
 async def _end(feed: Feed, take: Callable[[list[AnyEvent]], None] | None = None) -> ChatEnd:

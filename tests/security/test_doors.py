@@ -163,3 +163,12 @@ async def test_pages_cannot_be_reached_through_the_api_s_way(secrets: Secrets) -
         answer = await call("GET", "/v1" + route.path(), headers=DOORS["bearer"](secrets.member))
         assert answer.status == 404, route
         answer.error()
+
+
+@pytest.mark.usefixtures("secrets")
+async def test_each_dialect_words_its_refusals() -> None:
+    from tests.api.client import call
+
+    native = (await call("GET", "/api/v1/nowhere")).error()
+    assert (native["type"], native["code"]) == ("invalid_request", "invalid_api_key")
+    assert (await call("GET", "/v1/nowhere")).error()["type"] == "authentication_error"
