@@ -97,13 +97,17 @@ def bare_first_token_seconds(engine: Engine, template: ChatTemplate, prompt: str
     text = template.render([ChatMessage(role="user", content=prompt)])
     sequence = Sequence(str(number), "bench", engine.tokenize(text, add_bos=False), 0, SAMPLING, MAX_TOKENS)
     engine.add(sequence)
-    while not engine.step().sampled:
-        pass
+    while not sequence.output:
+        engine.step(_go_on)
     first = time.perf_counter() - began
     while engine.has_work and len(sequence.output) < MAX_TOKENS:
-        engine.step()
+        engine.step(_go_on)
     engine.remove(sequence.id)
     return first
+
+
+def _go_on(_sequence: Sequence, _token: int, _logprob: object) -> bool:
+    return True
 
 
 def prepare(folder: Path) -> Path:

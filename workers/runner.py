@@ -23,11 +23,11 @@ from typing import IO, Any
 
 import msgspec
 
-from lmweb.errors import ContextLengthExceeded, InvalidRequest, LmwebError, ModelLoadFailed
+from lmweb.errors import ContextLengthExceeded, GenerationInterrupted, InvalidRequest, LmwebError, ModelLoadFailed
 from workers.constraints import Constraint
 from workers.embeddings import EmbeddingQueue
 from workers.engines import registry
-from workers.engines.base import Engine, Logprob, Sampled, Sequence, StepResult
+from workers.engines.base import Engine, Logprob, Sequence, StepResult
 from workers.events import (
     AnyEvent,
     ContextOverflow,
@@ -66,6 +66,7 @@ class Job:
     prompt_done: bool
     dropped_messages: int = 0
     call_limit: int | None = None
+    complete: bool = False
     prompt_announced: bool = False
     first_token_at: float | None = None
     reasoned_until: float | None = None
@@ -101,6 +102,8 @@ class Runner:
         self._log = step_log
         self._queue = QueueReport(engine.info.parallel)
         self._embeddings = EmbeddingQueue(engine.embedder, engine.info.vocab_size)
+        self._new: dict[str, tuple[list[AnyEvent], list[int]]] = {}  # what the present step brought: events and tokens
+        self._reasons: dict[str, str] = {}  # and why which generations ended in it
 
     @property
     def has_work(self) -> bool:
@@ -128,7 +131,8 @@ class Runner:
             info = ErrorInfo(code=LmwebError.code, message="The request could not be prepared. The runner's log says more.")
             return Output(generation_id=message.generation_id, error=info, stats=Stats(stop_reason="failed"))
         if reason := self._ended(job):
-            return Output(generation_id=message.generation_id, events=job.parser.finish(), stats=job.stats(reason))
+            events = job.parser.finish()
+            return Output(generation_id=message.generation_id, events=events, stats=job.stats(_stop_reason(job, reason)))
         self.jobs[message.generation_id] = job
         self.engine.add(job.sequence)
         if not job.dropped_messages or message.output_tokens:
@@ -153,19 +157,15 @@ class Runner:
         return Step(outputs=outputs)
 
     def _generate(self) -> list[Output]:
-        result = self.engine.step()
-        outputs: dict[str, tuple[list[AnyEvent], list[int]]] = {}
+        outputs = self._new = {}
+        self._reasons = {}
+        result = self.engine.step(self._take)
         for sequence, done in result.prefilled:
-            events = self._prompt_events(self.jobs[sequence.id], done)
-            if events:
-                outputs[sequence.id] = (events, [])
+            if events := self._prompt_events(self.jobs[sequence.id], done):
+                outputs.setdefault(sequence.id, ([], []))[0][:0] = events  # before what was sampled right after the prompt
         finished: dict[str, tuple[Stats, ErrorInfo | None]] = {}
-        for sampled in result.sampled:
-            sequence = sampled.sequence
-            events, kept = outputs.setdefault(sequence.id, ([], []))
-            reason = self._take_tokens(self.jobs[sequence.id], sampled, events, kept)
-            if reason:
-                finished[sequence.id] = (self._end(sequence.id, events, reason), None)
+        for generation_id, reason in self._reasons.items():
+            finished[generation_id] = (self._end(generation_id, outputs[generation_id][0], reason), None)
         for sequence, text in result.failed:
             events, _ = outputs.setdefault(sequence.id, ([], []))
             finished[sequence.id] = (self._end(sequence.id, events, "failed"), ErrorInfo(code="context_length_exceeded", message=text))
@@ -182,6 +182,7 @@ class Runner:
         request, info = message.request, self.engine.info
         if not info.can_generate:
             raise InvalidRequest("This model makes embeddings; it cannot chat.", param="model")
+        self._check_tokens(message)
         prompter = self._prompter(message.chat_template)
         messages, prompt_text, prompt = self._fit(prompter, request)
         if not prompt:
@@ -202,7 +203,7 @@ class Runner:
             sampling.stop, starts_reasoning=starts_reasoning, calls=_call_reader(prompter, message), harmony=prompter.speaks_harmony
         )
         constraint = self._constraint(prompter, request)
-        replay(parser, message.output_tokens, self.engine.piece, constraint)
+        complete = replay(parser, message.output_tokens, self.engine.piece, constraint)
         sequence = Sequence(
             id=message.generation_id,
             owner=message.owner,
@@ -222,7 +223,16 @@ class Runner:
             prompt_done=bool(message.output_tokens),
             dropped_messages=len(request.messages) - len(messages),
             call_limit=call_limit(request),
+            complete=complete,
         )
+
+    def _check_tokens(self, message: Submit) -> None:
+        """Refuse token ids that the vocabulary lacks: in a batch they would fail everybody's step."""
+        size = self.engine.info.vocab_size
+        if wrong := [token for token in message.request.sampling.logit_bias if not 0 <= token < size]:
+            raise InvalidRequest(f"'logit_bias' names token {wrong[0]}; this model's tokens are 0 to {size - 1}.", param="logit_bias")
+        if any(not 0 <= token < size for token in message.output_tokens):
+            raise GenerationInterrupted("The answer was begun by another model under this name and cannot be continued. Its text is kept.")
 
     def _fit(self, prompter: Prompter, request: GenerationRequest) -> tuple[list[ChatMessage], str, list[int]]:
         """Return the messages that the model gets, with their prompt as text and tokens; too long only if nothing may be left out."""
@@ -284,33 +294,38 @@ class Runner:
             events.append(PromptProcessingEnd())
         return events
 
-    def _take_tokens(self, job: Job, sampled: Sampled, events: list[AnyEvent], kept: list[int]) -> str:
-        """Turn tokens into events; returns the stop reason once the generation is over."""
+    def _take(self, sequence: Sequence, token: int, logprob: Logprob | None) -> bool:
+        """Turn a token into events; returns whether the generation goes on."""
+        job = self.jobs[sequence.id]
+        new = self._new.get(sequence.id)
+        if new is None:
+            new = self._new[sequence.id] = ([], [])
         if job.first_token_at is None:
             job.first_token_at = time.perf_counter()
-        constraint = job.sequence.constraint
-        for i, token in enumerate(sampled.tokens):
-            if self.engine.is_end(token) and not job.sequence.sampling.ignore_eos:
-                job.sequence.output.pop()
-                return "eosFound"
-            kept.append(token)
-            if sampled.logprobs:
-                job.parser.note_logprob(self._describe(sampled.logprobs[i]))
-            events += job.parser.feed(self.engine.piece(token))
-            if job.parser.is_reasoning:
-                job.reasoned_until = time.perf_counter()
-            if job.parser.stopped:
-                break
-            if constraint is not None:
-                if constraint.is_complete:
-                    return "eosFound"
-                constraint.follow(job.parser)
-        return self._ended(job)
+        if self.engine.is_end(token) and not sequence.sampling.ignore_eos:
+            sequence.output.pop()
+            self._reasons[sequence.id] = "eosFound"
+            return False
+        new[1].append(token)
+        if logprob is not None:
+            job.parser.note_logprob(self._describe(logprob))
+        new[0].extend(job.parser.feed(self.engine.piece(token)))
+        if job.parser.is_reasoning:
+            job.reasoned_until = time.perf_counter()
+        if reason := self._ended(job):
+            self._reasons[sequence.id] = reason
+            return False
+        if sequence.constraint is not None:
+            sequence.constraint.follow(job.parser)
+        return True
 
     def _ended(self, job: Job) -> str:
         """Return the stop reason if the text so far is the whole answer."""
+        constraint = job.sequence.constraint
         if job.parser.stopped:
             return "stopStringFound"
+        if job.complete or (constraint is not None and constraint.is_complete):
+            return "eosFound"
         if job.call_limit is not None and job.parser.completed_calls >= job.call_limit:
             return "toolCalls"
         return self._limit_reason(job) if len(job.sequence.output) >= job.sequence.limit else ""
@@ -331,7 +346,7 @@ class Runner:
         job = self.jobs.pop(generation_id)
         self.engine.remove(generation_id)
         events += job.parser.finish()
-        stats = job.stats("toolCalls" if reason == "eosFound" and job.parser.completed_calls else reason)
+        stats = job.stats(_stop_reason(job, reason))
         self._queue.note_end(stats.generation_time_seconds)
         return stats
 
@@ -339,6 +354,11 @@ class Runner:
 def _call_reader(prompter: Prompter, message: Submit) -> CallReader | None:
     tools = callable_tools(message.request)
     return CallReader(prompter.syntax, frozenset(tool.name for tool in tools), message.generation_id) if tools else None
+
+
+def _stop_reason(job: Job, reason: str) -> str:
+    """Return the reason as it is reported: an answer that ends after calls ended for their sake."""
+    return "toolCalls" if reason == "eosFound" and job.parser.completed_calls else reason
 
 
 class QueueReport:

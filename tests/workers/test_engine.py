@@ -9,7 +9,7 @@ import pytest
 
 from tests.micro_models import make_micro
 from workers.engines import registry
-from workers.engines.base import Sequence
+from workers.engines.base import Sequence, StepResult
 from workers.engines.llama_cpp import LlamaEngine
 from workers.schemas import LoadConfig, SamplingParams
 
@@ -63,6 +63,21 @@ def sequence(
     return Sequence(id=name, owner=owner, prompt=engine.tokenize(text, add_bos=True), shared_prefix=shared, sampling=sampling, limit=limit)
 
 
+def step(engine: LlamaEngine) -> StepResult:
+    """Take one step; sequences that are at their limit then leave."""
+    ended = []
+
+    def take(item: Sequence, _token: int, _logprob: object) -> bool:
+        if len(item.output) >= item.limit:
+            ended.append(item.id)
+        return len(item.output) < item.limit
+
+    result = engine.step(take)
+    for name in ended:
+        engine.remove(name)
+    return result
+
+
 def finish(engine: LlamaEngine, *sequences: Sequence) -> list[list[int]]:
     """Run until all are at their limit; returns their outputs."""
     for item in sequences:
@@ -70,9 +85,7 @@ def finish(engine: LlamaEngine, *sequences: Sequence) -> list[list[int]]:
     for _ in range(5000):
         if not engine.has_work:
             return [item.output for item in sequences]
-        for item, *_ in engine.step().sampled:
-            if len(item.output) >= item.limit:
-                engine.remove(item.id)
+        step(engine)
     raise AssertionError("the engine does not come to an end")
 
 
@@ -138,11 +151,7 @@ def test_newcomers_wait_for_a_prefix_that_is_being_computed(micro: Path) -> None
     for item in items:
         engine.add(item)
     while engine.has_work:
-        result = engine.step()
-        prompt_tokens += result.prefill_tokens
-        for item, *_ in result.sampled:
-            if len(item.output) >= item.limit:
-                engine.remove(item.id)
+        prompt_tokens += step(engine).prefill_tokens
     assert prompt_tokens < 2 * len(items[0].prompt), "the common prefix is computed once"
     assert [item.output for item in items[1:]] == [alone(micro, f"{prefix} {word}", limit=4) for word in WORDS[1:6]]
     engine.close()
@@ -164,7 +173,7 @@ def test_a_neighbour_that_is_cancelled_changes_nothing(engine: LlamaEngine, micr
     engine.add(keep)
     engine.add(drop)
     for _ in range(6):
-        engine.step()
+        step(engine)
     engine.remove("drop")
     assert finish(engine)[:0] == []
     assert keep.output[: keep.limit] == alone(micro, "time year people")[: len(keep.output)]

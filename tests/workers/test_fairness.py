@@ -77,17 +77,22 @@ def test_a_newcomer_does_not_wait_for_somebody_elses_long_streams(tmp_path: Path
     prompt = engine.tokenize("time year people", add_bos=True)
     long = [Sequence(f"long{i}", "a", list(prompt), 0, GREEDY, limit=300, lane=Lane.API) for i in range(slots + 2)]
     short = Sequence("short", "b", list(prompt), 0, GREEDY, limit=3, lane=Lane.INTERACTIVE, submitted_at=time.perf_counter())
+
+    def take(sequence: Sequence, _token: int, _logprob: object) -> bool:
+        return len(sequence.output) < sequence.limit
+
     for sequence in long:
         engine.add(sequence)
     for _ in range(20):
-        engine.step()
+        engine.step(take)
     engine.add(short)
     for _ in range(6):
-        engine.step()
+        engine.step(take)
     assert len(short.output) >= 3
     engine.remove("short")
     while engine.has_work:
-        for sequence, *_ in engine.step().sampled:
+        engine.step(take)
+        for sequence in long:
             if len(sequence.output) >= sequence.limit:
                 engine.remove(sequence.id)
     assert [len(sequence.output) for sequence in long] == [300] * len(long), "who was interrupted still gets everything"

@@ -79,19 +79,15 @@ class Logprob(NamedTuple):
     top: list[tuple[int, float]]
 
 
-class Sampled(NamedTuple):
-    """New tokens of a sequence; ``logprobs`` as many, if they were asked for."""
-
-    sequence: Sequence
-    tokens: list[int]
-    logprobs: list[Logprob]
+#: Told of each token as soon as it is sampled (the token is in ``Sequence.output`` then, its log-probability comes if it was asked
+#: for); returns whether the sequence goes on. Between two tokens of one step it must bring a constraint up to date.
+TokenTaker = Callable[[Sequence, int, Logprob | None], bool]
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What one step did: new tokens per sequence, prompt progress per sequence (tokens done), and counts for the step log."""
+    """What one step did: prompt progress per sequence (tokens done), and counts for the step log."""
 
-    sampled: list[Sampled] = field(default_factory=list)
     prefilled: list[tuple[Sequence, int]] = field(default_factory=list)
     failed: list[tuple[Sequence, str]] = field(default_factory=list)
     decode_sequences: int = 0
@@ -158,8 +154,11 @@ class Engine(Protocol):
     def has_work(self) -> bool:
         """Whether a step would do anything."""
 
-    def step(self) -> StepResult:
-        """Admit what fits, compute one batch and sample."""
+    def step(self, take: TokenTaker) -> StepResult:
+        """Admit what fits, compute one batch and sample; every token is handed to ``take`` at once.
+
+        Sequences that ``take`` ended stay in until ``remove``, which must not be called from within.
+        """
 
     def close(self) -> None:
         """Free everything."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from workers.constraints import ConstraintFactory
-from workers.engines.base import Engine, EngineInfo, Logprob, Sampled, Sequence, StepResult
+from workers.engines.base import Engine, EngineInfo, Logprob, Sequence, StepResult, TokenTaker
 from workers.engines.kv_park import MIN_TOKENS, KvPark, Parked
 from workers.engines.llama_context import Context, Model
 from workers.engines.llama_embedding import LlamaEmbedder, LlamaEmbeddingEngine, declared_pooling
@@ -119,7 +119,7 @@ class LlamaEngine:
         """Whether a step would do anything."""
         return self.scheduler.has_work
 
-    def step(self) -> StepResult:
+    def step(self, take: TokenTaker) -> StepResult:
         """Admit what fits, compute one batch and sample."""
         if (overdue := self.scheduler.overdue()) is not None:
             self._preempt(overdue)
@@ -144,7 +144,7 @@ class LlamaEngine:
             result.prefilled.append((chunk.slot.sequence, min(chunk.end, len(chunk.slot.sequence.prompt))))
         self._charge(decoding, chunks, seconds)
         for slot, index in outputs:
-            self._sample(slot, index, result)
+            self._sample(slot, index, take)
         return result
 
     def queue(self) -> list[Sequence]:
@@ -212,7 +212,8 @@ class LlamaEngine:
                 outputs.append((chunk.slot, n - 1))
         return n, outputs
 
-    def _sample(self, slot: Slot, index: int, result: StepResult) -> None:
+    def _sample(self, slot: Slot, index: int, take: TokenTaker) -> bool:
+        """Choose the slot's next token; returns whether the sequence goes on."""
         sequence = slot.sequence
         assert sequence is not None
         logits = self.context.logits(index)
@@ -220,8 +221,8 @@ class LlamaEngine:
         token = self._samplers[sequence.id].sample(logits, self.context.handle, index, sequence.constraint)
         sequence.output.append(token)
         slot.tokens.append(token)
-        report = [] if before is None else [Logprob(token, float(before[token]), likeliest(before, sequence.top_logprobs or 0))]
-        result.sampled.append(Sampled(sequence, [token], report))
+        report = None if before is None else Logprob(token, float(before[token]), likeliest(before, sequence.top_logprobs or 0))
+        return take(sequence, token, report)
 
     def _preempt(self, slot: Slot) -> None:
         """Park a running sequence and let it wait; it goes on where it was."""

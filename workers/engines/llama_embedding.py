@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lmweb.errors import InvalidRequest, ModelLoadFailed
 from workers.constraints import ConstraintFactory
-from workers.engines.base import EngineInfo, Sequence, StepResult
+from workers.engines.base import EngineInfo, Sequence, StepResult, TokenTaker
 from workers.engines.llama_context import Context, Model
 
 import llama_cpp.llama_cpp as C  # isort: skip
@@ -201,7 +201,7 @@ class LlamaEmbeddingEngine:
         """Return nothing: nobody waits."""
         return []
 
-    def step(self) -> StepResult:
+    def step(self, take: TokenTaker) -> StepResult:
         """Do nothing."""
         return StepResult()
 

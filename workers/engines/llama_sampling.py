@@ -39,13 +39,11 @@ class TokenSampler:
     """
 
     def __init__(self, params: SamplingParams, model: Model, history: list[int], *, drawn: int = 0) -> None:
-        vocab_size = model.vocab_size
         self._params = params
         self._recent: deque[int] = deque(history[-PENALTY_WINDOW:], maxlen=PENALTY_WINDOW)
         self._penalises = params.repeat_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-        valid = {token: bias for token, bias in params.logit_bias.items() if 0 <= token < vocab_size}
-        self._bias_tokens = np.fromiter(valid.keys(), np.int64, len(valid))
-        self._bias = np.fromiter(valid.values(), np.float32, len(valid))
+        self._bias_tokens = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
+        self._bias = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
         self._dry: Any = _make_dry(params, model, history)
         self._chain: Any = None if params.temperature <= 0 else self._make_chain(model, drawn)
 
@@ -154,9 +152,10 @@ def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def likeliest(logprobs: NDArray[np.float32], n: int) -> list[tuple[int, float]]:
-    """Return the ``n`` likeliest tokens with their log-probabilities, best first."""
+    """Return the ``n`` likeliest tokens (all, if there are not so many) with their log-probabilities, best first."""
     if not n:
         return []
+    n = min(n, logprobs.size)
     best = np.argpartition(logprobs, -n)[-n:]
     return [(int(token), float(logprobs[token])) for token in best[np.argsort(-logprobs[best])]]
 

@@ -112,8 +112,12 @@ class OutputParser:
         return ends.get(was_open, [])
 
 
-def replay(parser: OutputParser, tokens: list[int], piece: Callable[[int], bytes], constraint: Constraint | None = None) -> None:
-    """Bring a parser, and a constraint, to the state after these tokens, without events: their text was sent before the crash."""
+def replay(parser: OutputParser, tokens: list[int], piece: Callable[[int], bytes], constraint: Constraint | None = None) -> bool:
+    """Bring a parser, and a constraint, to the state after these tokens, without events: their text was sent before the crash.
+
+    Returns whether nothing may follow the last one.
+    """
+    complete = False
     if constraint is not None:
         constraint.follow(parser)
     for token in tokens:
@@ -121,4 +125,6 @@ def replay(parser: OutputParser, tokens: list[int], piece: Callable[[int], bytes
             constraint.accept(token)
         parser.feed(piece(token))
         if constraint is not None:
+            complete = constraint.is_complete
             constraint.follow(parser)
+    return complete

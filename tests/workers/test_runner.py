@@ -1,0 +1,64 @@
+"""The runner without its process: what only it can refuse, and what it says of a generation that was complete already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.micro_models import make_micro
+from workers.engines import registry
+from workers.protocol import Output, Submit
+from workers.runner import Runner, StepLog
+from workers.schemas import ChatMessage, GenerationRequest, LoadConfig, OutputFormat, SamplingParams
+
+DEFAULTS = SamplingParams()
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    path = make_micro(tmp_path_factory.mktemp("runner") / "micro.gguf")
+    engine = registry.factory("llama.cpp")(str(path), LoadConfig(cpu_threads=1, context_length=512, parallel=4), lambda _f: None)
+    yield Runner(engine, StepLog(""))
+    engine.close()
+
+
+def submit(runner: Runner, *, sampling: SamplingParams = DEFAULTS, output_tokens: list[int] | None = None, **fields: object) -> Submit:
+    request = GenerationRequest(model="m", messages=[ChatMessage(role="user", content="time")], sampling=sampling, **fields)  # type: ignore[arg-type]
+    return Submit(generation_id="g", owner="a", request=request, output_tokens=output_tokens or [])
+
+
+def finish(runner: Runner, message: Submit) -> list[Output]:
+    first = runner.submit(message)
+    outputs = [first] if first else []
+    while runner.has_work:
+        outputs += runner.step().outputs
+    return outputs
+
+
+@pytest.mark.parametrize("token", [-1, 2912])
+def test_a_bias_on_a_token_that_the_model_lacks_is_refused(runner: Runner, token: int) -> None:
+    refused = runner.submit(submit(runner, sampling=SamplingParams(logit_bias={5: 1.0, token: 1.0})))
+    assert refused is not None
+    assert refused.error is not None
+    assert (refused.error.code, refused.error.param) == ("invalid_request", "logit_bias")
+    assert str(token) in refused.error.message
+    assert "2911" in refused.error.message
+
+
+def test_an_answer_of_another_model_is_not_continued(runner: Runner) -> None:
+    refused = runner.submit(submit(runner, output_tokens=[7, 2912]))
+    assert refused is not None
+    assert refused.error is not None
+    assert refused.error.code == "generation_interrupted"
+
+
+def test_an_answer_that_was_complete_before_the_crash_gets_no_further_token(runner: Runner) -> None:
+    message = submit(runner, sampling=SamplingParams(temperature=0.0), output_format=OutputFormat(kind="regex", value="[ab]{3}"))
+    outputs = finish(runner, message)
+    tokens = [token for output in outputs for token in output.tokens]
+    assert tokens
+    resumed = finish(runner, Submit(generation_id="r", owner="a", request=message.request, output_tokens=tokens))
+    assert [token for output in resumed for token in output.tokens] == []
+    assert resumed[-1].stats is not None
+    assert resumed[-1].stats.stop_reason == "eosFound"
