@@ -1,4 +1,4 @@
-"""The host: all runners of this machine and all generations that this worker owns.
+"""The host: all generations that this worker owns, on the runners of this machine (``workers.runners``).
 
 Celery tasks only hand work in and return; from then on a generation is driven by the reader thread of its runner (tokens to
 Redis), one saver thread (partial texts, leases, ends) and one keeper thread (heartbeat, idle models, Redis coming back).
@@ -16,7 +16,7 @@ import msgspec
 import psutil
 from django.db import Error as DatabaseError
 
-from lmweb.errors import InsufficientMemory, InvalidModelFile
+from lmweb.errors import InsufficientMemory
 from workers.events import (
     AnyEvent,
     ChatStart,
@@ -26,12 +26,13 @@ from workers.events import (
     ModelLoadStart,
     Stats,
 )
-from workers.memory import Guardrail, check as check_memory, has_gpu_build, machine_memory
+from workers.memory import Guardrail
 from workers.protocol import Embed, Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
 from workers.relay import ENTRY_SECONDS, Live, StreamWriter, end_events, interrupted
 from workers.runner_process import RunnerProcess
+from workers.runners import Runners
 from workers.schemas import EmbeddingRequest
-from workers.store import Instance, ModelFile, Outcome, Progress, Store
+from workers.store import Instance, Outcome, Progress, Store
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,10 @@ MAX_RESUMES = 2
 SAVE_SECONDS = 1.0
 KEEP_SECONDS = 0.25
 HEARTBEAT_SECONDS = 2.0
-#: A model that a request loaded leaves memory after this long without use (LM Studio's default).
-JIT_TTL_SECONDS = 60 * 60
 
 
 class Host:
-    """See the module. ``config_defaults`` completes a load configuration for this machine (context length, threads)."""
+    """See the module; ``complete_config`` and ``guardrail`` are those of ``Runners``."""
 
     def __init__(
         self,
@@ -57,20 +56,14 @@ class Host:
         guardrail: Guardrail = Guardrail.BALANCED,
     ) -> None:
         self.store = store
+        self.runners = Runners(store=store, logs=logs, step_log=step_log, complete_config=complete_config, guardrail=guardrail)
+        self.runners.listen(on_message=self._on_message, on_idle=self._on_idle, on_exit=self._on_exit)
         self._writer = StreamWriter(redis_url)
-        self._logs, self._step_log = logs, step_log
-        self._complete_config = complete_config
-        self._guardrail = guardrail
-        self._lock = threading.RLock()
+        self._lock = self.runners.lock
         self._lives: dict[str, Live] = {}
-        self._runners: dict[int, RunnerProcess] = {}
-        self._waiting: dict[int, list[Live]] = {}
-        self._running: dict[int, dict[str, Live]] = {}
-        self._jit: set[int] = set()
         self._ends: list[tuple[Live, Outcome]] = []
         self._wake_saver = threading.Event()
         self._stopping = threading.Event()
-        self._spawn_lock = threading.Lock()
 
     # --- entry points, called by tasks -------------------------------------------------------------------------------
 
@@ -105,10 +98,8 @@ class Host:
             if live is None or live.ended or live.cancelled:
                 return
             live.cancelled = True
-            runner = next((self._runners[pk] for pk, lives in self._running.items() if generation_id in lives), None)
-            for waiting in self._waiting.values():
-                if live in waiting:
-                    waiting.remove(live)
+            runner = self.runners.of(generation_id)
+            self._stop_waiting(live)
         if runner is not None:
             runner.cancel(generation_id)
         else:
@@ -116,36 +107,17 @@ class Host:
 
     def load(self, instance_id: int) -> None:
         """Load a model that a person asked for; its row tells how that goes."""
-        instance = self.store.get_instance(instance_id)
-        with self._spawn_lock:
-            if instance_id in self._runners:  # a generation that came first has started it
-                self._jit.discard(instance_id)
-            elif instance is not None:
-                try:
-                    self._spawn(instance)
-                except InsufficientMemory as error:
-                    self.store.instance_failed(instance_id, error.message)
+        self.runners.load(instance_id)
 
     def unload(self, instance_id: int) -> None:
         """End a runner and delete its row once its memory is free. What it was generating ends there, its text is kept."""
-        with self._lock:
-            runner = self._runners.get(instance_id)
-        if runner is not None:
-            runner.stop()
-        else:
-            self.store.instance_gone(instance_id)
+        self.runners.unload(instance_id)
 
     def stop(self) -> None:
         """End all runners and give unfinished generations back to the queue, so that the next worker goes on with them."""
         self._stopping.set()
         self._wake_saver.set()
-        with self._lock:
-            runners = list(self._runners.values())
-        threads = [threading.Thread(target=runner.stop) for runner in runners]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        self.runners.stop()
         with self._lock:
             unfinished = [live for live in self._lives.values() if not live.ended]
         self._write(unfinished)
@@ -162,16 +134,16 @@ class Host:
         """Give a generation to a ready runner, or let it wait for one that is loading."""
         claim = live.claim
         with self._lock:
-            runner = self._find_runner(claim.model, claim.identifier)
+            runner = self.runners.find(claim.model, claim.identifier)
             if runner is not None and runner.ready:
                 self._submit(runner, live)
                 return
             if runner is not None:
                 self._wait_for(runner, live)
                 return
-        with self._spawn_lock:  # one at a time, and the database is not touched under the main lock
+        with self.runners.spawning:  # one at a time, and the database is not touched under the main lock
             with self._lock:
-                runner = self._find_runner(claim.model, claim.identifier)
+                runner = self.runners.find(claim.model, claim.identifier)
             if runner is None:
                 try:
                     instance = self.store.create_instance(claim.model, claim.identifier)
@@ -181,7 +153,7 @@ class Host:
                     )
                     return
                 try:
-                    runner = self._spawn(instance, jit=True)
+                    runner = self.runners.spawn(instance, jit=True)
                 except InsufficientMemory as error:
                     message = error.message
                     self._try_store(lambda: self.store.instance_failed(instance.id, message))
@@ -193,65 +165,15 @@ class Host:
             else:
                 self._wait_for(runner, live)
 
-    def _find_runner(self, model: ModelFile, identifier: str) -> RunnerProcess | None:
-        """Return the best runner of this model that is not ending: ready before loading, fewest generations first."""
-        found = [r for r in self._runners.values() if r.instance.model.id == model.id and not r.stopping and not r.load_error]
-        named = [r for r in found if r.identifier == identifier]
-        ranked = sorted(named or found, key=lambda r: (not r.ready, len(self._running.get(r.instance.id, ()))))
-        return ranked[0] if ranked else None
-
-    def _spawn(self, instance: Instance, *, jit: bool = False) -> RunnerProcess:
-        """Start a runner. Raises ``InsufficientMemory`` instead where the guardrail forbids it."""
-        instance = self._complete_config(instance)
-        needed_bytes = self._check_memory(instance)
-        with self._lock:
-            self._waiting[instance.id], self._running[instance.id] = [], {}
-            runner = RunnerProcess(
-                instance,
-                logs=self._logs,
-                step_log=self._step_log,
-                on_message=self._on_message,
-                on_idle=self._on_idle,
-                on_exit=self._on_exit,
-            )
-            runner.needed_bytes = needed_bytes
-            self._runners[instance.id] = runner
-            if jit:
-                self._jit.add(instance.id)
-        return runner
-
-    def _check_memory(self, instance: Instance) -> int:
-        """Return what the load will take, 0 where nobody can tell. Raises ``InsufficientMemory``."""
-        if instance.config.gpu_layers != 0 and has_gpu_build():
-            return 0  # most of it goes to memory that only the engine knows
-        try:
-            found = self.store.memory_estimate(instance)
-        except (InvalidModelFile, DatabaseError) as error:
-            logger.warning("no estimate for %s: %s", instance.identifier, error)
-            return 0
-        free, total = machine_memory()
-        with self._lock:
-            held = {runner.identifier: (runner.memory_bytes(), runner.needed_bytes, runner.ready) for runner in self._runners.values()}
-        free -= sum(max(0, needed - used) for used, needed, ready in held.values() if not ready)
-        check_memory(
-            instance.identifier,
-            found,
-            level=self._guardrail,
-            free_bytes=free,
-            total_bytes=total,
-            held_by={name: used for name, (used, _, _) in held.items()},
-        )
-        return found.needed_bytes
-
     def _wait_for(self, runner: RunnerProcess, live: Live) -> None:
-        self._waiting[runner.instance.id].append(live)
+        runner.waiting.append(live)
         live.started_at = time.monotonic()
         start: list[AnyEvent] = [] if live.seq else [ChatStart(model_instance_id=runner.identifier)]
         self._publish(live, [*start, ModelLoadStart(model_instance_id=runner.identifier)])
 
     def _submit(self, runner: RunnerProcess, live: Live) -> None:
         runner.last_used_at = time.monotonic()
-        self._running[runner.instance.id][live.id] = live
+        runner.running[live.id] = live
         with live.lock:
             tokens = list(live.tokens)
             if not live.seq:
@@ -280,7 +202,7 @@ class Host:
         return None
 
     def _on_step(self, runner: RunnerProcess, outputs: list[Output]) -> float | None:
-        running = self._running[runner.instance.id]
+        running = runner.running
         now = time.monotonic()
         due: list[Live] = []
         gathered = False
@@ -309,7 +231,7 @@ class Host:
     def _on_idle(self, runner: RunnerProcess) -> None:
         """Send on what was gathered of fast streams when no step followed in time."""
         with self._lock:
-            lives = [live for live in self._running.get(runner.instance.id, {}).values() if live.pending_events]
+            lives = [live for live in runner.running.values() if live.pending_events]
         self._write(lives)
 
     def _on_ended(self, live: Live, output: Output) -> None:
@@ -322,7 +244,7 @@ class Host:
 
     def _on_load_progress(self, runner: RunnerProcess, progress: float) -> None:
         with self._lock:
-            waiting = list(self._waiting[runner.instance.id])
+            waiting = list(runner.waiting)
         for live in waiting:
             self._publish(live, [ModelLoadProgress(model_instance_id=runner.identifier, progress=progress)])
         self._try_store(lambda: self.store.instance_loading(runner.instance.id, progress))
@@ -330,7 +252,7 @@ class Host:
     def _on_loaded(self, runner: RunnerProcess, loaded: Loaded) -> None:
         seconds = time.monotonic() - runner.started_at
         with self._lock:
-            waiting, self._waiting[runner.instance.id] = self._waiting[runner.instance.id], []
+            waiting, runner.waiting = runner.waiting, []
             runner.ready = True
             for live in waiting:
                 live.load_seconds = round(time.monotonic() - live.started_at, 4)
@@ -346,9 +268,9 @@ class Host:
         """Clean up after a runner: waiting generations fail with the reason of the load, running ones go on elsewhere."""
         pk = runner.instance.id
         with self._lock:
-            self._runners.pop(pk, None)
-            self._jit.discard(pk)
-            waiting, running = self._waiting.pop(pk, []), list(self._running.pop(pk, {}).values())
+            self.runners.by_id.pop(pk, None)
+            waiting, running = runner.waiting, list(runner.running.values())
+            runner.waiting, runner.running = [], {}
         if self._stopping.is_set():
             self._try_store(lambda: self.store.instance_gone(pk))
             return
@@ -455,7 +377,7 @@ class Host:
     def _save_running(self) -> None:
         with self._lock:
             lives = [live for live in self._lives.values() if not live.ended]
-            used = [pk for pk, running in self._running.items() if running]
+            used = [runner.instance.id for runner in self.runners.by_id.values() if runner.running]
         progress: list[Progress] = []
         for live in lives:
             with live.lock:
@@ -476,12 +398,17 @@ class Host:
         with self._lock:
             live.ended = True
             self._lives.pop(live.id, None)
-            runner = next((self._runners[pk] for pk, lives in self._running.items() if lives.pop(live.id, None)), None)
-            for waiting in self._waiting.values():
-                if live in waiting:
-                    waiting.remove(live)
+            runner = self.runners.of(live.id)
+            self._stop_waiting(live)
+            if runner is not None:
+                del runner.running[live.id]
         if runner is not None:
             runner.cancel(live.id)
+
+    def _stop_waiting(self, live: Live) -> None:
+        for runner in self.runners.by_id.values():
+            if live in runner.waiting:
+                runner.waiting.remove(live)
 
     def _keep_loop(self) -> None:
         """Refill Redis after it was away, send the heartbeat, unload idle models."""
@@ -492,7 +419,7 @@ class Host:
             if time.monotonic() - beat_at >= HEARTBEAT_SECONDS:
                 beat_at = time.monotonic()
                 self._try_store(lambda: self.store.heartbeat(free_memory_bytes=psutil.virtual_memory().available))
-                self._unload_idle()
+                self.runners.unload_idle()
 
     def _refill(self) -> None:
         with self._lock:
@@ -504,21 +431,6 @@ class Host:
                 for live in lives:
                     if live.ended and live.id not in ending:
                         self._lives.pop(live.id, None)
-
-    def _unload_idle(self) -> None:
-        now = time.monotonic()
-        with self._lock:
-            idle = [
-                pk
-                for pk in self._jit
-                if pk in self._runners
-                and not self._running[pk]
-                and not self._waiting[pk]
-                and now - self._runners[pk].last_used_at > JIT_TTL_SECONDS
-            ]
-        for pk in idle:
-            logger.info("unloading %s: not used for an hour", self._runners[pk].identifier)
-            self.unload(pk)
 
     @staticmethod
     def _try_store(action: Callable[[], None]) -> None:

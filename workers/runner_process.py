@@ -18,6 +18,7 @@ import psutil
 
 from workers.engines.registry import FORMATS
 from workers.protocol import Cancel, Channel, Embed, HostMessage, Load, RunnerMessage, Shutdown, Submit
+from workers.relay import Live
 from workers.store import Instance
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ class RunnerProcess:
 
     ``on_message`` gets each message; ``on_idle`` is called when the time that it last returned (seconds, or None) has passed
     without another one; ``on_exit`` once at the end.
+
+    ``waiting`` are generations that want the model once it is loaded, ``running`` those that it works on, by id. ``jit`` says that
+    a request loaded it, not a person.
     """
 
     def __init__(
@@ -52,6 +56,9 @@ class RunnerProcess:
         self.last_used_at = time.monotonic()
         self.load_error = ""
         self.needed_bytes = 0
+        self.jit = False
+        self.waiting: list[Live] = []
+        self.running: dict[str, Live] = {}
         self._on_message, self._on_idle, self._on_exit = on_message, on_idle, on_exit
         self._send_lock = threading.Lock()
         logs.mkdir(parents=True, exist_ok=True)

@@ -221,7 +221,7 @@ def test_a_killed_runner_is_replaced_and_no_vector_is_missing(bench: Bench, embe
     inputs = texts(70) + ["to be " * 200] * 400
     generation = request(bench, embedding_model, inputs)
     wait_for(lambda: len(bench.entries(generation)) > 0)
-    for runner in list(bench.host._runners.values()):
+    for runner in list(bench.host.runners.by_id.values()):
         os.kill(runner.process.pid, signal.SIGKILL)
     assert bench.finished(generation).status == "completed"
     assert generation.resumes == 1

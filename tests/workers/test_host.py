@@ -55,7 +55,7 @@ def test_a_killed_runner_loses_nothing(bench: Bench, starter: InstalledModel) ->
     for generation in generations:
         bench.host.generate(str(generation.pk))
     wait_for(lambda: all(len(bench.text(generation)) > 50 for generation in generations))
-    runner = next(iter(bench.host._runners.values()))
+    runner = next(iter(bench.host.runners.by_id.values()))
     os.kill(runner.process.pid, signal.SIGKILL)
     for generation in generations:
         bench.finished(generation)
@@ -71,7 +71,7 @@ def test_sampling_with_a_seed_survives_a_crash(bench: Bench, starter: InstalledM
     generation = bench.create(starter, "Tell me a story", sampling=sampling)
     bench.host.generate(str(generation.pk))
     wait_for(lambda: len(bench.text(generation)) > 50)
-    os.kill(next(iter(bench.host._runners.values())).process.pid, signal.SIGKILL)
+    os.kill(next(iter(bench.host.runners.by_id.values())).process.pid, signal.SIGKILL)
     bench.finished(generation)
     same = next(
         (i for i, (a, b) in enumerate(zip(whole.output_tokens, generation.output_tokens, strict=False)) if a != b), len(whole.output_tokens)
@@ -106,7 +106,7 @@ def test_stop_strings_end_the_answer_and_are_not_sent(bench: Bench, starter: Ins
 def test_unload_ends_the_runner_and_its_row(bench: Bench, starter: InstalledModel) -> None:
     bench.run(starter, "What is a token?")
     instance = ModelInstance.objects.get()
-    process = bench.host._runners[instance.pk].process
+    process = bench.host.runners.by_id[instance.pk].process
     bench.host.unload(instance.pk)
     wait_for(lambda: not ModelInstance.objects.exists())
     assert process.poll() is not None

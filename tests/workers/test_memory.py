@@ -132,7 +132,7 @@ def test_a_load_that_does_not_fit_is_refused_in_words(
 ) -> None:
     first = bench.install(make_micro(tmp_path / "m.gguf"), "test/first")
     bench.run(first, "to be")
-    monkeypatch.setattr("workers.host.machine_memory", lambda: (50 * MIB, 1000 * MIB))
+    monkeypatch.setattr("workers.runners.machine_memory", lambda: (50 * MIB, 1000 * MIB))
     refused = load(bench, starter, parallel=4)
     assert refused.status == "failed"
     assert "lmweb/starter needs about" in refused.error

@@ -90,7 +90,7 @@ def test_a_constrained_answer_survives_a_crash(bench: Bench, noise: InstalledMod
     letters = OutputFormat(kind="regex", value="[a-z ]{1500}")
     generation = start(bench, noise, "x", SamplingParams(temperature=1.0, seed=3, max_tokens=1500), output_format=letters)
     wait_for(lambda: len(bench.text(generation)) > 100)
-    os.kill(next(iter(bench.host._runners.values())).process.pid, signal.SIGKILL)
+    os.kill(next(iter(bench.host.runners.by_id.values())).process.pid, signal.SIGKILL)
     bench.finished(generation)
     assert generation.resumes == 1
     assert re.fullmatch("[a-z ]{1500}", generation.content)

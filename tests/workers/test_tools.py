@@ -152,7 +152,7 @@ def test_calls_survive_a_crash(bench: Bench, noise: InstalledModel) -> None:
     undisturbed = bench.finished(start(bench, noise, "x", sampling))
     generation = start(bench, noise, "x", sampling)
     wait_for(lambda: sum(isinstance(event, ToolCallStart) for event in bench.events(generation)) > 5)
-    os.kill(next(iter(bench.host._runners.values())).process.pid, signal.SIGKILL)
+    os.kill(next(iter(bench.host.runners.by_id.values())).process.pid, signal.SIGKILL)
     bench.finished(generation)
     assert generation.resumes == 1
     calls, expected = ([(call["name"], call["arguments"]) for call in g.tool_calls] for g in (generation, undisturbed))
