@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 
 from lmweb.supervisor import discovery
@@ -170,7 +171,9 @@ class Live:
         if not answers(host, int(port)):
             return False
         with contextlib.suppress(psycopg.OperationalError):
-            return bool(self.rows("SELECT 1 FROM workers_workernode WHERE heartbeat_at > now() - interval '5 seconds'"))
+            born = psutil.Process(self.processes["gpu-worker"]).create_time()
+            beating = "SELECT 1 FROM workers_workernode WHERE heartbeat_at > now() - interval '5 seconds' AND started_at > to_timestamp(%s)"
+            return bool(self.rows(beating, born))
         return False
 
 

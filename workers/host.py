@@ -40,6 +40,8 @@ MAX_RESUMES = 2
 SAVE_SECONDS = 1.0
 KEEP_SECONDS = 0.25
 HEARTBEAT_SECONDS = 2.0
+#: Between two attempts to register at start.
+REGISTER_SECONDS = 0.5
 
 
 class Host:
@@ -68,11 +70,23 @@ class Host:
     # --- entry points, called by tasks -------------------------------------------------------------------------------
 
     def start(self) -> list[str]:
-        """Register this node and start the threads. Returns the generations to run first."""
-        waiting = self.store.register()
+        """Register this node and start the threads. Returns the generations to run first.
+
+        Waits for PostgreSQL as long as it takes: whatever killed the worker may have killed that as well.
+        """
+        waiting = self._register()
         threading.Thread(target=self._save_loop, name="saver", daemon=True).start()
         threading.Thread(target=self._keep_loop, name="keeper", daemon=True).start()
         return waiting
+
+    def _register(self) -> list[str]:
+        while not self._stopping.is_set():
+            try:
+                return self.store.register()
+            except DatabaseError as error:
+                logger.warning("PostgreSQL is away, this node registers when it is back: %s", str(error).strip().splitlines()[0])
+                self._stopping.wait(REGISTER_SECONDS)
+        return []
 
     def generate(self, generation_id: str) -> None:
         """Claim a generation and put it to work. Returns at once; a second delivery finds nothing to claim."""

@@ -94,11 +94,16 @@ def _is_gpu_worker(consumer: Any) -> bool:
 
 @signals.worker_ready.connect
 def start_host(sender: Any, **_: Any) -> None:
-    """Register the node and take up what was left lying."""
-    if _is_gpu_worker(sender):
-        connection_created.connect(relax_commits)
+    """Register the node and take up what was left lying. A worker that cannot must end, not stay and look alive."""
+    if not _is_gpu_worker(sender):
+        return
+    connection_created.connect(relax_commits)
+    try:
         for generation_id in host().start():
             host().generate(generation_id)
+    except Exception:  # Celery would log it and go on
+        logger.exception("the GPU worker could not start")
+        raise SystemExit(1) from None
 
 
 @signals.worker_shutting_down.connect

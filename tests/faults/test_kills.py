@@ -15,13 +15,13 @@ from tests.micro_models import make_micro
 pytestmark = pytest.mark.timeout(400)
 
 MODEL = "test/slow"
-TOKENS = 400
+TOKENS = 250
 
 
 @pytest.fixture(scope="module")
 def token(live: Live, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Import a model that writes for several seconds, and return a token to use it with."""
-    file = make_micro(tmp_path_factory.mktemp("slow") / "slow.gguf", layers=96, context=4096, name="slow")
+    file = make_micro(tmp_path_factory.mktemp("slow") / "slow.gguf", layers=64, context=4096, name="slow")
     live.create_admin()
     live.manage("import_model", str(file), "--copy", "--user-repo", MODEL)
     return live.create_token()
@@ -130,6 +130,15 @@ def test_valkey_and_the_gpu_worker_together(fault_live: Live, token: str, stream
         assert status == "completed"
         assert n_tokens == TOKENS
         assert content
+    check_next_request(fault_live, token)
+
+
+def test_postgresql_and_the_gpu_worker_together(fault_live: Live, token: str, streams: list[Stream]) -> None:
+    """The new worker is there before PostgreSQL has recovered, and has to wait for it."""
+    fault_live.kill("postgres")
+    fault_live.kill("gpu-worker")
+    wait_for(fault_live.healthy, what="both are back")
+    check_all_kept(fault_live, streams)
     check_next_request(fault_live, token)
 
 

@@ -96,12 +96,11 @@ def test_no_secret_reaches_a_log(live: Live) -> None:
     ]
     for secret, body in requests:
         for header in ({"Authorization": f"Bearer {secret}"}, {"x-api-key": secret}):
-            connection = http.client.HTTPConnection(host, port, timeout=30)
             headers = header | {"Content-Type": "application/json", "Cookie": f"sessionid={canaries['cookie']}"}
-            connection.request("POST", "/v1/chat/completions", body, headers)
-            answer = connection.getresponse().read().decode()
+            with contextlib.closing(http.client.HTTPConnection(host, port, timeout=30)) as connection:
+                connection.request("POST", "/v1/chat/completions", body, headers)
+                answer = connection.getresponse().read().decode()
             assert secret not in answer
-            connection.close()
     live.create_user("canary-last")  # whatever the requests logged is on disk by now
     time.sleep(0.5)
     files = [live.output, *(file for file in (live.data_dir / "logs").rglob("*") if file.is_file())]

@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+from django.db.utils import OperationalError
+
 from models_app.models import Generation, InstalledModel, ModelInstance
 from tests.workers.support import GREEDY, Bench, make_host, wait_for
 from workers.events import ChatEnd, ChatStart, Error, MessageDelta, MessageEnd, MessageStart, ModelLoadEnd, ModelLoadStart
@@ -150,3 +152,21 @@ def test_thinking_is_kept_apart_from_the_answer(bench: Bench, starter: Installed
     assert 0 < generation.stats["reasoning_time_seconds"] < generation.stats["generation_time_seconds"]
     assert generation.content
     assert not any("think>" in event.content for event in bench.events(generation) if isinstance(event, MessageDelta))
+
+
+def test_a_node_registers_when_the_database_is_there(bench: Bench, starter: InstalledModel, tmp_path: Path) -> None:
+    """Found in a worker that was restarted while PostgreSQL recovered: it stayed, and never took any work."""
+    generation = bench.create(starter, "What is GGUF?")
+    bench.host.stop()
+    successor = Bench(make_host(tmp_path), bench.principal.user)
+    register, failures = successor.host.store.register, [OperationalError("starting up"), OperationalError("starting up")]
+
+    def refuse_at_first() -> list[str]:
+        if failures:
+            raise failures.pop()
+        return register()
+
+    successor.host.store.register = refuse_at_first  # type: ignore[method-assign]
+    assert successor.host.start() == [str(generation.pk)]
+    assert WorkerNode.objects.alive().exists()
+    successor.host.stop()
