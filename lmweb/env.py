@@ -47,6 +47,20 @@ VARIABLES: dict[str, Variable] = {
             "Memory that a model's load must leave free: off, relaxed (none), balanced (5 %) or strict (15 % of all).",
             ("off", "relaxed", "balanced", "strict"),
         ),
+        Variable("LMWEB_MODEL_MEMORY_MB", "0", "Memory that all loaded models together may take, in megabytes; 0: what the machine has."),
+        Variable("LMWEB_JIT", "true", "Load a model when a request needs it. Off: requests for models that are not loaded are refused."),
+        Variable("LMWEB_JIT_TTL_SECONDS", "3600", "A model that a request loaded is unloaded after so long without use; 0: never."),
+        Variable(
+            "LMWEB_AUTO_EVICT",
+            "on",
+            "When a request loads a model, unload others that requests loaded: on (always), needed (if memory is short) or off.",
+            ("on", "needed", "off"),
+        ),
+        Variable(
+            "LMWEB_MODEL_TURN_SECONDS",
+            "10",
+            "How long a busy model keeps its memory while requests wait for another one; longer turns mean fewer switches.",
+        ),
         Variable("LMWEB_MAX_UPLOAD_GB", "200", "Largest model file that may be uploaded in the browser, in gigabytes."),
         Variable(
             "LMWEB_GPU", "", "What llama.cpp is compiled for: cpu, cuda, metal, vulkan or rocm. Empty keeps what is there, at first cpu."

@@ -79,6 +79,12 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class ModelNotLoaded(ModelNotFound):
+    """The model is not in memory, and requests do not load models here."""
+
+    code = "model_not_loaded"
+
+
 class Conflict(LmwebError):
     """The object is in a state that does not allow this."""
 

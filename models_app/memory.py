@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from django.conf import settings
 from msgspec.structs import replace
@@ -22,9 +23,7 @@ def estimate_model(model: InstalledModel, config: LoadConfig) -> MemoryEstimate:
     """Return what loading takes. Raises ``InvalidModelFile`` if the file is gone or broken."""
     shape = read_shape(model.file)
     config = complete(config, shape.trained_context)
-    found = MemoryMeasurement.objects.filter(
-        model=model, context_length=config.context_length or shape.trained_context, parallel=config.parallel, gpu_layers=config.gpu_layers
-    ).first()
+    found = MemoryMeasurement.objects.filter(model=model, **_what_matters(config)).first()
     return estimate(shape, config, measured_bytes=found.memory_bytes if found else None)
 
 
@@ -33,11 +32,19 @@ def note_measurement(model_id: int, config: LoadConfig, memory_bytes: int) -> No
     if memory_bytes and config.context_length is not None:
         MemoryMeasurement.objects.update_or_create(
             model_id=model_id,
-            context_length=config.context_length,
-            parallel=config.parallel,
-            gpu_layers=config.gpu_layers,
+            **_what_matters(config),
             defaults={"memory_bytes": memory_bytes},
         )
+
+
+def _what_matters(config: LoadConfig) -> dict[str, Any]:
+    """Return the parts of a configuration that change what a load takes."""
+    return {
+        "context_length": config.context_length,
+        "parallel": config.parallel,
+        "gpu_layers": config.gpu_layers,
+        "kv_cache": f"{config.k_cache_type}/{config.v_cache_type}",
+    }
 
 
 def complete(config: LoadConfig, trained_context: int) -> LoadConfig:

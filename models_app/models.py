@@ -49,6 +49,8 @@ class InstalledModel(models.Model):
     path = models.CharField(max_length=1024, unique=True, help_text="Relative to the models directory: publisher/name/file.gguf.")
     chat_template = models.TextField(blank=True, help_text="The file's own.")
     chat_template_override = models.TextField(blank=True, help_text="Used instead of the file's; services.set_chat_template writes it.")
+    load_defaults = models.JSONField(default=dict, blank=True, help_text="Overrides of workers.schemas.LoadConfig.")
+    inference_defaults = models.JSONField(default=dict, blank=True, help_text="Of models_app.defaults.InferenceDefaults.")
     imported_by = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
 
@@ -86,7 +88,12 @@ class ModelInstance(models.Model):
     error = models.TextField(blank=True)
     config = models.JSONField(default=dict, help_text="The LoadConfig in force, with the sizes that the engine reported.")
     memory_bytes = models.BigIntegerField(null=True)
-    jit = models.BooleanField(default=False, help_text="Loaded by a request, not by a person: subject to the idle TTL.")
+    load_seconds = models.FloatField(null=True)
+    jit = models.BooleanField(default=False, help_text="Loaded by a request, not by a person: makes room for others.")
+    ttl_seconds = models.PositiveIntegerField(null=True, help_text="It leaves memory after so long without use; null: never.")
+    pinned = models.BooleanField(default=False, help_text="It stays until a person unloads it.")
+    replaces = ArrayField(models.BigIntegerField(), default=list, help_text="The instances that are to leave memory for it.")
+    note = models.CharField(max_length=300, blank=True, help_text="What its load waits for.")
     created_at = models.DateTimeField(auto_now_add=True)
     last_used_at = models.DateTimeField(auto_now_add=True)
 
@@ -106,12 +113,15 @@ class MemoryMeasurement(models.Model):
     context_length = models.PositiveIntegerField()
     parallel = models.PositiveSmallIntegerField()
     gpu_layers = models.IntegerField()
+    kv_cache = models.CharField(max_length=16, default="f16/f16", help_text="Precisions of keys and values.")
     memory_bytes = models.BigIntegerField()
     measured_at = models.DateTimeField(auto_now=True)
 
     class Meta:
         constraints: ClassVar[list[models.BaseConstraint]] = [
-            models.UniqueConstraint(fields=["model", "context_length", "parallel", "gpu_layers"], name="one_measurement_per_configuration"),
+            models.UniqueConstraint(
+                fields=["model", "context_length", "parallel", "gpu_layers", "kv_cache"], name="one_measurement_per_configuration"
+            ),
         ]
 
     def __str__(self) -> str:

@@ -58,6 +58,15 @@ def check_identifier(text: str) -> str:
     return text
 
 
+def free_identifier(wanted: str, taken: set[str]) -> str:
+    """Return the name of a further instance of a model: the model's own, then ``name:2``, ``name:3`` and so on, as LM Studio does."""
+    number = 2
+    name = wanted
+    while name in taken:
+        name, number = f"{wanted}:{number}", number + 1
+    return name
+
+
 def file_name(original: str) -> str:
     """Return a safe name for the stored file, close to what the file was called. Raises ``InvalidRequest`` unless it ends in .gguf."""
     base = PurePosixPath(original.replace("\\", "/")).name

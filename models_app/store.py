@@ -21,6 +21,7 @@ from django.utils import timezone
 from lmweb.db import drop_dead_connections
 from models_app.memory import estimate_model, note_measurement
 from models_app.models import Generation, InstalledModel, ModelInstance
+from models_app.naming import free_identifier
 from workers.events import Stats
 from workers.memory import MemoryEstimate
 from workers.models import WorkerNode
@@ -28,6 +29,8 @@ from workers.schemas import LoadConfig, ToolCall, request_from_json
 from workers.store import Claim, Instance, ModelFile, Outcome, Progress
 
 LEASE_SECONDS = 15
+
+S = ModelInstance.Status
 
 _SAVE = """
 UPDATE models_app_generation AS g
@@ -178,14 +181,39 @@ class DjangoStore:
         with _brief(durable=True):
             self._mine().filter(pk__in=[p.id for p in progress]).update(status=Generation.Status.QUEUED, lease_until=None)
 
-    def create_instance(self, model: ModelFile, identifier: str) -> Instance:
-        """Make the row of a just-in-time load, or take that of a load whose task is on its way; a failed earlier attempt gives way."""
+    def create_instance(self, model: ModelFile, *, ttl_seconds: int | None, running: set[int]) -> Instance:
+        """Make the row of a just-in-time load, or take that of a load whose task is on its way; leftovers give way."""
         with _brief(durable=False):
-            same = ModelInstance.objects.filter(node_id=self.node_name, identifier=identifier)
-            same.filter(status=ModelInstance.Status.FAILED).delete()
-            row = same.filter(status=ModelInstance.Status.LOADING, model_id=model.id).first()
-            row = row or ModelInstance.objects.create(identifier=identifier, model_id=model.id, node_id=self.node_name, jit=True)
-        return Instance(row.pk, identifier, model, msgspec.convert(row.config, LoadConfig))
+            there = ModelInstance.objects.filter(node_id=self.node_name)
+            asked = there.filter(status=S.LOADING, model_id=model.id).exclude(pk__in=running).order_by("pk").first()
+            if asked is not None:
+                return _instance(asked, model)
+            there.filter(identifier=model.key).exclude(pk__in=running).exclude(status=S.LOADING).delete()
+            defaults = InstalledModel.objects.values_list("load_defaults", flat=True).get(pk=model.id)
+            row = ModelInstance.objects.create(
+                identifier=free_identifier(model.key, set(there.values_list("identifier", flat=True))),
+                model_id=model.id,
+                node_id=self.node_name,
+                config=defaults,
+                jit=True,
+                ttl_seconds=ttl_seconds,
+            )
+        return _instance(row, model)
+
+    def restore_instance(self, instance: Instance) -> Instance:
+        """Make a row like this one under its old name."""
+        with _brief(durable=False):
+            there = ModelInstance.objects.filter(node_id=self.node_name)
+            there.filter(identifier=instance.identifier, status__in=[S.FAILED, S.UNLOADING]).delete()
+            row = ModelInstance.objects.create(
+                identifier=free_identifier(instance.identifier, set(there.values_list("identifier", flat=True))),
+                model_id=instance.model.id,
+                node_id=self.node_name,
+                config=msgspec.to_builtins(instance.config),
+                jit=instance.is_jit,
+                ttl_seconds=instance.ttl_seconds,
+            )
+        return _instance(row, instance.model)
 
     def get_instance(self, instance_id: int) -> Instance | None:
         """Return a row that waits for its load on this node."""
@@ -193,18 +221,27 @@ class DjangoStore:
             row = ModelInstance.objects.select_related("model").filter(pk=instance_id, node_id=self.node_name).first()
         if row is None or row.status != ModelInstance.Status.LOADING:
             return None
-        return Instance(row.pk, row.identifier, _model_file(row.model), msgspec.convert(row.config, LoadConfig))
+        return _instance(row, _model_file(row.model))
 
     def memory_estimate(self, instance: Instance) -> MemoryEstimate:
         """Return what loading this takes."""
         with _brief(durable=False):
             return estimate_model(InstalledModel.objects.get(pk=instance.model.id), instance.config)
 
+    def pinned(self) -> set[int]:
+        """Return the rows that must stay."""
+        with _brief(durable=False):
+            return set(ModelInstance.objects.filter(node_id=self.node_name, pinned=True).values_list("pk", flat=True))
+
+    def instance_waiting(self, instance_id: int, note: str) -> None:
+        """Note what a load waits for."""
+        self._update_instance(instance_id, note=note[:300])
+
     def instance_loading(self, instance_id: int, progress: float) -> None:
         """Note how far the load is."""
-        self._update_instance(instance_id, progress=progress)
+        self._update_instance(instance_id, progress=progress, note="")
 
-    def instance_ready(self, instance_id: int, *, config: LoadConfig, memory_bytes: int) -> None:
+    def instance_ready(self, instance_id: int, *, config: LoadConfig, memory_bytes: int, load_seconds: float) -> None:
         """Note that the model can be used, and what it takes."""
         with _brief(durable=False):
             for model_id in ModelInstance.objects.filter(pk=instance_id).values_list("model_id", flat=True):
@@ -214,6 +251,8 @@ class DjangoStore:
             status=ModelInstance.Status.READY,
             progress=1.0,
             error="",
+            note="",
+            load_seconds=load_seconds,
             config=msgspec.to_builtins(config),
             memory_bytes=memory_bytes,
             last_used_at=timezone.now(),
@@ -221,7 +260,7 @@ class DjangoStore:
 
     def instance_failed(self, instance_id: int, error: str) -> None:
         """Note why a load failed."""
-        self._update_instance(instance_id, status=ModelInstance.Status.FAILED, error=error)
+        self._update_instance(instance_id, status=ModelInstance.Status.FAILED, error=error, note="")
 
     def instance_gone(self, instance_id: int) -> None:
         """Delete the row."""
@@ -276,6 +315,11 @@ def _claim(row: dict[str, Any]) -> Claim:
         output_tokens=row["output_tokens"],
         cancelled=row["cancel_requested"],
     )
+
+
+def _instance(row: ModelInstance, model: ModelFile) -> Instance:
+    config = msgspec.convert(row.config, LoadConfig)
+    return Instance(row.pk, row.identifier, model, config, ttl_seconds=row.ttl_seconds, is_jit=row.jit, replaces=tuple(row.replaces))
 
 
 def _model_file(model: InstalledModel) -> ModelFile:

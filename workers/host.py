@@ -13,10 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import psutil
 from django.db import Error as DatabaseError
 
-from lmweb.errors import InsufficientMemory
 from workers.events import (
     AnyEvent,
     ChatStart,
@@ -24,13 +22,14 @@ from workers.events import (
     ModelLoadEnd,
     ModelLoadProgress,
     ModelLoadStart,
+    QueueUpdate,
     Stats,
 )
-from workers.memory import Guardrail
+from workers.memory import machine_memory
 from workers.protocol import Embed, Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
 from workers.relay import ENTRY_SECONDS, Live, StreamWriter, end_events, interrupted
 from workers.runner_process import RunnerProcess
-from workers.runners import Runners
+from workers.runners import TURN_PER_LOAD, Policy, Runners
 from workers.schemas import EmbeddingRequest
 from workers.store import Instance, Outcome, Progress, Store
 
@@ -45,7 +44,7 @@ REGISTER_SECONDS = 0.5
 
 
 class Host:
-    """See the module; ``complete_config`` and ``guardrail`` are those of ``Runners``."""
+    """See the module; ``complete_config`` and ``policy`` are those of ``Runners``, whose ``Listener`` this is."""
 
     def __init__(
         self,
@@ -55,11 +54,12 @@ class Host:
         logs: Path,
         step_log: bool,
         complete_config: Callable[[Instance], Instance],
-        guardrail: Guardrail = Guardrail.BALANCED,
+        policy: Policy | None = None,
     ) -> None:
         self.store = store
-        self.runners = Runners(store=store, logs=logs, step_log=step_log, complete_config=complete_config, guardrail=guardrail)
-        self.runners.listen(on_message=self._on_message, on_idle=self._on_idle, on_exit=self._on_exit)
+        self.runners = Runners(
+            store=store, logs=logs, step_log=step_log, complete_config=complete_config, policy=policy or Policy(), listener=self
+        )
         self._writer = StreamWriter(redis_url)
         self._lock = self.runners.lock
         self._lives: dict[str, Live] = {}
@@ -77,6 +77,7 @@ class Host:
         waiting = self._register()
         threading.Thread(target=self._save_loop, name="saver", daemon=True).start()
         threading.Thread(target=self._keep_loop, name="keeper", daemon=True).start()
+        self.runners.start()
         return waiting
 
     def _register(self) -> list[str]:
@@ -113,7 +114,7 @@ class Host:
                 return
             live.cancelled = True
             runner = self.runners.of(generation_id)
-            self._stop_waiting(live)
+            self.runners.withdraw(live)
         if runner is not None:
             runner.cancel(generation_id)
         else:
@@ -145,53 +146,45 @@ class Host:
     # --- placing -------------------------------------------------------------------------------------------------------
 
     def _place(self, live: Live) -> None:
-        """Give a generation to a ready runner, or let it wait for one that is loading."""
+        """Give a generation to a runner of its model, or let it wait until there is one."""
         claim = live.claim
         with self._lock:
+            if live.ended:
+                return
             runner = self.runners.find(claim.model, claim.identifier)
-            if runner is not None and runner.ready:
-                self._submit(runner, live)
-                return
             if runner is not None:
-                self._wait_for(runner, live)
-                return
-        with self.runners.spawning:  # one at a time, and the database is not touched under the main lock
-            with self._lock:
-                runner = self.runners.find(claim.model, claim.identifier)
-            if runner is None:
-                try:
-                    instance = self.store.create_instance(claim.model, claim.identifier)
-                except DatabaseError as error:
-                    self._fail(
-                        live, ErrorInfo(code="service_unavailable", message=f"The model could not be loaded: {error.__class__.__name__}.")
-                    )
-                    return
-                try:
-                    runner = self.runners.spawn(instance, jit=True)
-                except InsufficientMemory as error:
-                    message = error.message
-                    self._try_store(lambda: self.store.instance_failed(instance.id, message))
-                    self._fail(live, ErrorInfo(code=error.code, message=message, details=error.details))
-                    return
-        with self._lock:
-            if runner.ready:
-                self._submit(runner, live)
+                self.on_assigned(runner, live)
             else:
-                self._wait_for(runner, live)
+                live.started_at = time.monotonic()
+                self.runners.want(live)
 
-    def _wait_for(self, runner: RunnerProcess, live: Live) -> None:
+    def on_assigned(self, runner: RunnerProcess, live: Live) -> None:
+        """Submit a generation to a model that is ready, or let it wait for the end of its load."""
+        live.instance_id = runner.identifier
+        if runner.ready:
+            self._submit(runner, live)
+            return
         runner.waiting.append(live)
-        live.started_at = time.monotonic()
-        start: list[AnyEvent] = [] if live.seq else [ChatStart(model_instance_id=runner.identifier)]
-        self._publish(live, [*start, ModelLoadStart(model_instance_id=runner.identifier)])
+        self._publish(live, [*self._begin(live), ModelLoadStart(model_instance_id=runner.identifier)])
+
+    def on_waiting(self, live: Live, position: int, reason: str) -> None:
+        """Tell the viewers what a generation waits for."""
+        self._publish(live, [*self._begin(live), QueueUpdate(position=position, reason=reason)])
+
+    def on_refused(self, live: Live, error: ErrorInfo) -> None:
+        """End a generation whose model cannot be loaded."""
+        self._fail(live, error)
+
+    @staticmethod
+    def _begin(live: Live) -> list[AnyEvent]:
+        return [] if live.seq else [ChatStart(model_instance_id=live.instance_id)]
 
     def _submit(self, runner: RunnerProcess, live: Live) -> None:
         runner.last_used_at = time.monotonic()
         runner.running[live.id] = live
         with live.lock:
             tokens = list(live.tokens)
-            if not live.seq:
-                live.add([ChatStart(model_instance_id=runner.identifier)])  # leaves with the first token, not before it
+            live.add(self._begin(live))  # leaves with the first token, not before it
         claim = live.claim
         if isinstance(claim.request, EmbeddingRequest):
             runner.submit(Embed(generation_id=live.id, request=claim.request, owner=claim.owner))
@@ -203,7 +196,7 @@ class Host:
 
     # --- what runners say ----------------------------------------------------------------------------------------------
 
-    def _on_message(self, runner: RunnerProcess, message: RunnerMessage) -> float | None:
+    def on_message(self, runner: RunnerProcess, message: RunnerMessage) -> float | None:
         """Handle one message; returns the seconds after which gathered text must leave, or None."""
         if isinstance(message, Step):
             return self._on_step(runner, message.outputs)
@@ -240,9 +233,11 @@ class Host:
                 running.pop(live.id, None)
             runner.last_used_at = now
             self._on_ended(live, output)
+        if ended and not running:
+            self.runners.has_news()
         return ENTRY_SECONDS if gathered else None
 
-    def _on_idle(self, runner: RunnerProcess) -> None:
+    def on_idle(self, runner: RunnerProcess) -> None:
         """Send on what was gathered of fast streams when no step followed in time."""
         with self._lock:
             lives = [live for live in runner.running.values() if live.pending_events]
@@ -268,6 +263,8 @@ class Host:
         with self._lock:
             waiting, runner.waiting = runner.waiting, []
             runner.ready = True
+            runner.last_used_at = time.monotonic()
+            runner.turn_until = runner.last_used_at + max(self.runners.policy.turn_seconds, TURN_PER_LOAD * seconds)
             for live in waiting:
                 live.load_seconds = round(time.monotonic() - live.started_at, 4)
                 self._publish(live, [ModelLoadEnd(model_instance_id=runner.identifier, load_time_seconds=round(seconds, 4))])
@@ -276,13 +273,13 @@ class Host:
             runner.instance.config, context_length=loaded.context_length, parallel=loaded.parallel, eval_batch_size=loaded.eval_batch_size
         )
         memory = runner.memory_bytes()
-        self._try_store(lambda: self.store.instance_ready(runner.instance.id, config=config, memory_bytes=memory))
+        self._try_store(lambda: self.store.instance_ready(runner.instance.id, config=config, memory_bytes=memory, load_seconds=seconds))
 
-    def _on_exit(self, runner: RunnerProcess) -> None:
+    def on_exit(self, runner: RunnerProcess) -> None:
         """Clean up after a runner: waiting generations fail with the reason of the load, running ones go on elsewhere."""
         pk = runner.instance.id
         with self._lock:
-            self.runners.by_id.pop(pk, None)
+            self.runners.ended(runner)
             waiting, running = runner.waiting, list(runner.running.values())
             runner.waiting, runner.running = [], {}
         if self._stopping.is_set():
@@ -379,7 +376,7 @@ class Host:
         for live, outcome in ends:
             if live.id in ours:
                 with live.lock:
-                    live.pending_events += end_events(outcome, live.claim.identifier)
+                    live.pending_events += end_events(outcome, live.instance_id)
                     live.close_entry()
         self._writer.write([live for live, _ in ends if live.id in ours], last=True)
         with self._lock:
@@ -413,16 +410,11 @@ class Host:
             live.ended = True
             self._lives.pop(live.id, None)
             runner = self.runners.of(live.id)
-            self._stop_waiting(live)
+            self.runners.withdraw(live)
             if runner is not None:
                 del runner.running[live.id]
         if runner is not None:
             runner.cancel(live.id)
-
-    def _stop_waiting(self, live: Live) -> None:
-        for runner in self.runners.by_id.values():
-            if live in runner.waiting:
-                runner.waiting.remove(live)
 
     def _keep_loop(self) -> None:
         """Refill Redis after it was away, send the heartbeat, unload idle models."""
@@ -432,8 +424,8 @@ class Host:
                 self._refill()
             if time.monotonic() - beat_at >= HEARTBEAT_SECONDS:
                 beat_at = time.monotonic()
-                self._try_store(lambda: self.store.heartbeat(free_memory_bytes=psutil.virtual_memory().available))
-                self.runners.unload_idle()
+                self._try_store(lambda: self.store.heartbeat(free_memory_bytes=machine_memory()[0]))
+                self._try_store(self.runners.unload_idle)
 
     def _refill(self) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""How much memory a model takes once it is loaded, and whether it may be loaded. Knows neither engines nor the database."""
+"""How much memory a model takes once it is loaded, whether it may be loaded, and what would have to leave. Knows neither engines nor the database."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from workers.schemas import LoadConfig
 
 #: KV cells beyond one full context, so that short requests run side by side, cost at most this much memory.
 EXTRA_CELLS_BYTES = 64 * 1024 * 1024
+#: Bytes per number of the precisions that keys and values may have, relative to 16 bits (ggml's block formats with their scales).
+KV_FACTORS = {
+    "f32": 2.0, "f16": 1.0, "q8_0": 34 / 64, "q5_1": 24 / 64, "q5_0": 22 / 64, "q4_1": 20 / 64, "q4_0": 18 / 64, "iq4_nl": 18 / 64,
+}  # fmt: skip
 #: A runner without a model: Python, NumPy, llama.cpp.
 RUNTIME_BYTES = 55 * 1024 * 1024
 #: Floats of intermediate results per token of a batch, in multiples of the model's width (its feed-forward layer is about four times as wide).
@@ -40,7 +44,7 @@ class ModelShape:
     """What a model file says about itself; sizes in bytes, ``trained_context`` in tokens.
 
     ``repacked_bytes`` are weights of which llama.cpp makes a second copy in an order that the CPU likes; ``token_kv_bytes`` is
-    what one token's keys and values take in all layers.
+    what one token's keys and values take in all layers at 16 bits.
     """
 
     file_bytes: int
@@ -96,29 +100,56 @@ def estimate(shape: ModelShape, config: LoadConfig, *, measured_bytes: int | Non
     return MemoryEstimate(
         weights_bytes=shape.file_bytes,
         repacked_bytes=shape.repacked_bytes,
-        kv_bytes=cells * shape.token_kv_bytes,
+        kv_bytes=int(cells * shape.token_kv_bytes * (KV_FACTORS[config.k_cache_type] + KV_FACTORS[config.v_cache_type]) / 2),
         compute_bytes=4 * (batch * COMPUTE_WIDTHS * shape.width + batch * cells + outputs * shape.vocab_size),
         measured_bytes=measured_bytes,
     )
 
 
-def check(name: str, found: MemoryEstimate, *, level: Guardrail, free_bytes: int, total_bytes: int, held_by: dict[str, int]) -> None:
-    """Raise ``InsufficientMemory`` if a model must not be loaded at this level. ``held_by`` maps loaded models to their bytes."""
-    if level is Guardrail.OFF:
-        return
-    reserved = int(RESERVED[level] * total_bytes)
-    needed = found.needed_bytes
-    if needed <= free_bytes - reserved:
-        return
+def reserve(level: Guardrail, total_bytes: int) -> int:
+    """Return the bytes that have to stay free at this level."""
+    return int(RESERVED.get(level, 0.0) * total_bytes)
+
+
+def refusal(
+    name: str, needed_bytes: int, *, level: Guardrail, free_bytes: int, total_bytes: int, held_by: dict[str, int]
+) -> InsufficientMemory:
+    """Return the error of a model that must not be loaded at this level. ``held_by`` maps loaded models to their bytes."""
+    reserved = reserve(level, total_bytes)
     kept = f", of which {_size(reserved)} are kept for everything else (guardrail '{level}')" if reserved else ""
     holders = ", ".join(f"{holder} ({_size(size)})" for holder, size in held_by.items())
     advice = "Unload a model" if held_by else "Close other programs"
-    raise InsufficientMemory(
-        f"{name} needs about {_size(needed)} of memory, and {_size(max(0, free_bytes))} are free{kept}. "
+    return InsufficientMemory(
+        f"{name} needs about {_size(needed_bytes)} of memory, and {_size(max(0, free_bytes))} are free{kept}. "
         + (f"Loaded models hold: {holders}. " if holders else "")
         + f"{advice}, load it with a shorter context, or let an admin lower LMWEB_MODEL_LOADING_GUARDRAILS.",
-        details={"needed_bytes": needed, "free_bytes": free_bytes, "held_by": _holders(held_by)},
+        details={"needed_bytes": needed_bytes, "free_bytes": free_bytes, "held_by": _holders(held_by)},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A model in memory, as the choice of what has to leave sees it. ``unused_seconds`` is the time since its last request."""
+
+    id: int
+    memory_bytes: int
+    is_busy: bool
+    unused_seconds: float
+
+
+def choose_leavers(missing_bytes: int, residents: list[Resident]) -> list[Resident] | None:
+    """Return whom to unload for so many bytes: idle ones before busy ones, the longest unused first, and nobody without need.
+
+    None if all of them together do not free enough.
+    """
+    ranked = sorted(residents, key=lambda resident: (resident.is_busy, -resident.unused_seconds))
+    chosen: list[Resident] = []
+    while ranked and sum(resident.memory_bytes for resident in chosen) < missing_bytes:
+        chosen.append(ranked.pop(0))
+    for resident in list(chosen):  # the last one may free enough by itself
+        if sum(other.memory_bytes for other in chosen if other is not resident) >= missing_bytes:
+            chosen.remove(resident)
+    return chosen if sum(resident.memory_bytes for resident in chosen) >= missing_bytes else None
 
 
 def machine_memory() -> tuple[int, int]:

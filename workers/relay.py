@@ -63,6 +63,11 @@ class Live:
     load_seconds: float | None = None
     ended: bool = False
     cancelled: bool = False
+    instance_id: str = ""
+
+    def __post_init__(self) -> None:
+        """Until it has a runner, the name in the request stands for it."""
+        self.instance_id = self.claim.identifier
 
     @property
     def id(self) -> str:

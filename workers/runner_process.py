@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import socket
@@ -35,8 +36,9 @@ class RunnerProcess:
     ``on_message`` gets each message; ``on_idle`` is called when the time that it last returned (seconds, or None) has passed
     without another one; ``on_exit`` once at the end.
 
-    ``waiting`` are generations that want the model once it is loaded, ``running`` those that it works on, by id. ``jit`` says that
-    a request loaded it, not a person.
+    ``waiting`` are generations that want the model once it is loaded, ``running`` those that it works on, by id. ``is_jit`` says
+    that a request loaded it, not a person; ``ttl_seconds`` how long it stays without use (None: for ever); ``turn_until`` until when
+    it need not make room for others; ``replaced`` what left memory for it. Times are ``time.monotonic``.
     """
 
     def __init__(
@@ -56,7 +58,10 @@ class RunnerProcess:
         self.last_used_at = time.monotonic()
         self.load_error = ""
         self.needed_bytes = 0
-        self.jit = False
+        self.is_jit = False
+        self.ttl_seconds: int | None = None
+        self.turn_until = math.inf
+        self.replaced: list[Instance] = []
         self.waiting: list[Live] = []
         self.running: dict[str, Live] = {}
         self._on_message, self._on_idle, self._on_exit = on_message, on_idle, on_exit
@@ -84,6 +89,11 @@ class RunnerProcess:
     def identifier(self) -> str:
         """Return the instance's identifier."""
         return self.instance.identifier
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is being loaded, or has something to do."""
+        return not self.ready or bool(self.running or self.waiting)
 
     def submit(self, message: Submit | Embed) -> None:
         """Hand over a generation. A runner that has just died is noticed by its reader thread, so errors are dropped."""

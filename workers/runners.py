@@ -1,34 +1,119 @@
-"""The runners of this machine: which models are in memory, how they come there and how they leave.
+"""The runners of this machine: which models are in memory, how they come there, and who has to leave for whom.
 
-What they say and what they generate is the host's business (``workers.host``).
+What runners say and generate is the host's business (``workers.host``). One thread decides about loads, one after the other:
+whoever waits longest comes first, and nothing that could take its memory overtakes it. Policies are LM Studio's: models are
+loaded when a request needs them (JIT), leave after a time without use (TTL), and make room for each other (auto-evict).
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
 from django.db import Error as DatabaseError
 
-from lmweb.errors import InsufficientMemory, InvalidModelFile
-from workers.memory import Guardrail, check as check_memory, has_gpu_build, machine_memory
+from lmweb.errors import InvalidModelFile, LmwebError, ModelNotLoaded
+from workers.events import ErrorInfo
+from workers.memory import Guardrail, Resident, choose_leavers, has_gpu_build, machine_memory, refusal, reserve
 from workers.protocol import RunnerMessage
+from workers.relay import Live
 from workers.runner_process import RunnerProcess
 from workers.store import Instance, ModelFile, Store
 
 logger = logging.getLogger(__name__)
 
-#: A model that a request loaded leaves memory after this long without use (LM Studio's default).
-JIT_TTL_SECONDS = 60 * 60
+#: How often waiting loads are looked at again; whatever ends or becomes idle is noticed at once.
+LOOK_SECONDS = 0.25
+#: A model that others wait for may leave when it had no request for so long: its next one is often on its way.
+GRACE_SECONDS = 0.5
+#: A turn lasts at least so many times as long as the load took, so that most of the time goes to answers.
+TURN_PER_LOAD = 4.0
+#: Who waits longer than this is told what for.
+TELL_SECONDS = 0.3
+
+
+class AutoEvict(StrEnum):
+    """When models that requests loaded leave for others that requests load."""
+
+    ON = "on"  # always: one at a time, as LM Studio does
+    NEEDED = "needed"  # only if memory is short
+    OFF = "off"  # never
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a node does by itself. ``limit_bytes`` is what models may take together, 0: no limit but the machine's memory."""
+
+    guardrail: Guardrail = Guardrail.BALANCED
+    jit: bool = True
+    jit_ttl_seconds: int | None = 60 * 60
+    auto_evict: AutoEvict = AutoEvict.ON
+    turn_seconds: float = 10.0
+    limit_bytes: int = 0
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether loads are not checked against memory."""
+        return self.guardrail is Guardrail.OFF and not self.limit_bytes
+
+
+class Listener(Protocol):
+    """Who uses the runners. The first three are called in the runner's reader thread; see ``RunnerProcess``."""
+
+    def on_message(self, runner: RunnerProcess, message: RunnerMessage) -> float | None:
+        """Take a message; return seconds after which ``on_idle`` is to be called without another one."""
+
+    def on_idle(self, runner: RunnerProcess) -> None:
+        """Nothing came in that time."""
+
+    def on_exit(self, runner: RunnerProcess) -> None:
+        """The process has ended."""
+
+    def on_assigned(self, runner: RunnerProcess, live: Live) -> None:
+        """The model of a waiting generation is in memory or on its way. Called under the lock."""
+
+    def on_waiting(self, live: Live, position: int, reason: str) -> None:
+        """A generation waits for memory."""
+
+    def on_refused(self, live: Live, error: ErrorInfo) -> None:
+        """The model of a waiting generation cannot be loaded."""
+
+
+@dataclass(eq=False, slots=True)
+class Wish:
+    """A model that is to come into memory: for the generations ``lives``, because a person said so, or again, as it was before.
+
+    ``left`` is what has left memory for it.
+    """
+
+    model: ModelFile
+    instance: Instance | None = None
+    before: Instance | None = None
+    ttl_seconds: int | None = None
+    since: float = field(default_factory=time.monotonic)
+    lives: list[Live] = field(default_factory=list)
+    needed_bytes: int | None = None
+    left: list[Instance] = field(default_factory=list)
+    reason: str = ""
+    told: tuple[int, str] = (-1, "")
+
+    @property
+    def is_jit(self) -> bool:
+        """Whether only requests want it."""
+        return self.before is None and (self.instance is None or self.instance.is_jit)
 
 
 class Runners:
     """See the module. ``complete_config`` fills in a load configuration for this machine (context length, threads).
 
-    ``lock`` guards ``by_id`` and every runner's ``waiting`` and ``running``; ``spawning`` makes loads happen one at a time.
+    ``lock`` guards ``by_id``, the wishes, and every runner's ``waiting`` and ``running``.
     """
 
     def __init__(
@@ -38,60 +123,30 @@ class Runners:
         logs: Path,
         step_log: bool,
         complete_config: Callable[[Instance], Instance],
-        guardrail: Guardrail,
+        policy: Policy,
+        listener: Listener,
     ) -> None:
         self.lock = threading.RLock()
-        self.spawning = threading.Lock()
         self.by_id: dict[int, RunnerProcess] = {}
+        self.policy = policy
         self._store = store
         self._logs, self._step_log = logs, step_log
         self._complete_config = complete_config
-        self._guardrail = guardrail
+        self._listener = listener
+        self._wishes: list[Wish] = []
+        self._draining: set[int] = set()
+        self._superfluous: list[int] = []
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
 
-    def listen(
-        self,
-        *,
-        on_message: Callable[[RunnerProcess, RunnerMessage], float | None],
-        on_idle: Callable[[RunnerProcess], None],
-        on_exit: Callable[[RunnerProcess], None],
-    ) -> None:
-        """Set what is called in each runner's reader thread; see ``RunnerProcess``. Comes before the first ``spawn``."""
-        self._on_message, self._on_idle, self._on_exit = on_message, on_idle, on_exit
-
-    def find(self, model: ModelFile, identifier: str) -> RunnerProcess | None:
-        """Return the best runner of this model that is not ending: ready before loading, fewest generations first."""
-        found = [r for r in self.by_id.values() if r.instance.model.id == model.id and not r.stopping and not r.load_error]
-        named = [r for r in found if r.identifier == identifier]
-        ranked = sorted(named or found, key=lambda r: (not r.ready, len(r.running)))
-        return ranked[0] if ranked else None
-
-    def of(self, generation_id: str) -> RunnerProcess | None:
-        """Return the runner that works on a generation."""
-        return next((runner for runner in self.by_id.values() if generation_id in runner.running), None)
-
-    def load(self, instance_id: int) -> None:
-        """Load a model that a person asked for; its row tells how that goes."""
-        instance = self._store.get_instance(instance_id)
-        with self.spawning:
-            if instance_id in self.by_id:  # a generation that came first has started it
-                self.by_id[instance_id].jit = False
-            elif instance is not None:
-                try:
-                    self.spawn(instance)
-                except InsufficientMemory as error:
-                    self._store.instance_failed(instance_id, error.message)
-
-    def unload(self, instance_id: int) -> None:
-        """End a runner and delete its row once its memory is free. What it was generating ends there, its text is kept."""
-        with self.lock:
-            runner = self.by_id.get(instance_id)
-        if runner is not None:
-            runner.stop()
-        else:
-            self._store.instance_gone(instance_id)
+    def start(self) -> None:
+        """Start the thread that decides about loads."""
+        threading.Thread(target=self._decide, name="loader", daemon=True).start()
 
     def stop(self) -> None:
-        """End all runners, at the same time."""
+        """End all runners, at the same time, and load nothing any more."""
+        self._stopping.set()
+        self._wake.set()
         with self.lock:
             runners = list(self.by_id.values())
         threads = [threading.Thread(target=runner.stop) for runner in runners]
@@ -100,51 +155,333 @@ class Runners:
         for thread in threads:
             thread.join()
 
-    def spawn(self, instance: Instance, *, jit: bool = False) -> RunnerProcess:
-        """Start a runner. Raises ``InsufficientMemory`` instead where the guardrail forbids it."""
-        instance = self._complete_config(instance)
-        needed_bytes = self._check_memory(instance)
+    # --- asked by the host, under the lock -----------------------------------------------------------------------------
+
+    def find(self, model: ModelFile, identifier: str) -> RunnerProcess | None:
+        """Return the best runner of this model that is there to stay: ready before loading, fewest generations first."""
+        found = [runner for runner in self._staying(model) if runner.instance.id not in self._draining]
+        named = [runner for runner in found if runner.identifier == identifier]
+        ranked = sorted(named or found, key=lambda runner: (not runner.ready, len(runner.running)))
+        return ranked[0] if ranked else None
+
+    def of(self, generation_id: str) -> RunnerProcess | None:
+        """Return the runner that works on a generation."""
+        return next((runner for runner in self.by_id.values() if generation_id in runner.running), None)
+
+    def want(self, live: Live) -> None:
+        """Have the model of a generation loaded; the listener is told how that goes."""
+        model = live.claim.model
+        wish = next((wish for wish in self._wishes if wish.is_jit and wish.model.id == model.id), None)
+        if wish is None:
+            ttl = live.claim.request.ttl_seconds or self.policy.jit_ttl_seconds
+            wish = Wish(model, ttl_seconds=ttl)
+            self._wishes.append(wish)
+        wish.lives.append(live)
+        self._wake.set()
+
+    def withdraw(self, live: Live) -> None:
+        """Let a generation wait no more."""
+        for runner in self.by_id.values():
+            if live in runner.waiting:
+                runner.waiting.remove(live)
+        for wish in self._wishes:
+            if live in wish.lives:
+                wish.lives.remove(live)
+                self._wake.set()
+
+    def ended(self, runner: RunnerProcess) -> None:
+        """Forget a runner whose process has ended; what left memory for one that could not be loaded comes back."""
+        self.by_id.pop(runner.instance.id, None)
+        if not runner.ready and not runner.stopping:
+            self._put_back(runner.replaced)
+        self._wake.set()
+
+    def has_news(self) -> None:
+        """Look at the waiting loads: a model was loaded, or has nothing to do."""
+        if self._wishes:
+            self._wake.set()
+
+    # --- asked by people -----------------------------------------------------------------------------------------------
+
+    def load(self, instance_id: int) -> None:
+        """Load a model that a person asked for; its row tells how that goes."""
+        instance = self._store.get_instance(instance_id)
         with self.lock:
+            runner = self.by_id.get(instance_id)
+            if runner is not None:  # a generation that came first has started it
+                runner.is_jit = False
+            elif instance is not None:
+                self._wishes.append(Wish(instance.model, instance, ttl_seconds=instance.ttl_seconds))
+                self._wake.set()
+
+    def unload(self, instance_id: int) -> None:
+        """End a runner and delete its row once its memory is free. What it was generating ends there, its text is kept."""
+        with self.lock:
+            runner = self.by_id.get(instance_id)
+            wish = next((wish for wish in self._wishes if wish.instance is not None and wish.instance.id == instance_id), None)
+            if wish is not None and runner is None:
+                self._wishes.remove(wish)
+                self._refuse_all(wish, ErrorInfo(code="model_load_failed", message="Somebody stopped the load of this model."))
+                self._put_back(wish.left)
+            if runner is not None:
+                runner.stopping = True
+        if runner is not None:
+            runner.stop()
+        else:
+            self._store.instance_gone(instance_id)
+
+    def unload_idle(self) -> None:
+        """Unload what nobody has used for the time that it was to stay."""
+        now = time.monotonic()
+        due = [runner for runner in list(self.by_id.values()) if _is_expired(runner, now)]
+        if not due:
+            return
+        pinned = self._store.pinned()
+        for runner in due:
+            if runner.instance.id in pinned:
+                continue
+            with self.lock:  # no request may come in between
+                if not _is_expired(runner, now):
+                    continue
+                runner.stopping = True
+            logger.info("unloading %s: not used for %d s", runner.identifier, runner.ttl_seconds or 0)
+            runner.stop()
+
+    # --- deciding about loads ------------------------------------------------------------------------------------------
+
+    def _decide(self) -> None:
+        while not self._stopping.is_set():
+            self._wake.wait(LOOK_SECONDS if self._wishes else None)
+            self._wake.clear()
+            if not self._stopping.is_set():
+                self._look()
+
+    def _look(self) -> None:
+        """Fulfil wishes in the order of their age, up to the first one that has to wait."""
+        with self.lock:
+            self._wishes.sort(key=lambda wish: wish.since)
+            wishes = list(self._wishes)
+        draining: set[int] = set()
+        for wish in wishes:
+            try:
+                draining = self._advance(wish)
+            except LmwebError as error:
+                self._refuse(wish, error)
+            except DatabaseError as error:
+                logger.warning("PostgreSQL is away: %s", str(error).strip().splitlines()[0])
+                if wish.instance is not None:
+                    break  # its row is there, and it is tried again
+                self._refuse(wish, LmwebError(f"The model could not be loaded: {error.__class__.__name__}."), code="service_unavailable")
+            if wish in self._wishes:
+                break
+        with self.lock:
+            self._draining = draining
+            superfluous, self._superfluous = self._superfluous, []
+        for pk in superfluous:
+            self._try_store(lambda pk=pk: self._store.instance_gone(pk))  # type: ignore[misc]
+        self._tell_waiting()
+
+    def _advance(self, wish: Wish) -> set[int]:
+        """Bring a wish as far as it goes now; it is fulfilled when it is gone from the list.
+
+        Returns the runners that are to take nothing new on its account. Raises ``InsufficientMemory``, ``ModelNotLoaded`` or
+        ``django.db.Error``.
+        """
+        with self.lock:
+            if wish not in self._wishes or self._is_settled(wish):
+                return set()
+            if any(runner.stopping for runner in self.by_id.values()):
+                wish.reason = "Another model is being unloaded."
+                return set()
+            running = set(self.by_id)
+        if wish.is_jit and not self.policy.jit:
+            raise ModelNotLoaded(f"{wish.model.key} is not loaded, and loading by request (JIT) is off. Load it first.", param="model")
+        if wish.instance is None and wish.before is not None:
+            wish.instance = self._store.restore_instance(wish.before)
+        elif wish.instance is None:
+            wish.instance = self._store.create_instance(wish.model, ttl_seconds=wish.ttl_seconds, running=running)
+        if wish.needed_bytes is None:
+            wish.instance = self._complete_config(wish.instance)
+            wish.needed_bytes = self._needed_bytes(wish.instance)
+        leaving = self._leavers(wish, wish.instance, wish.needed_bytes)
+        if leaving:
+            return self._clear(wish, leaving)
+        self._spawn(wish, wish.instance)
+        return set()
+
+    def _is_settled(self, wish: Wish) -> bool:
+        """Whether nothing has to be loaded for this wish (any more); then it is taken from the list."""
+        runner = self.by_id.get(wish.instance.id) if wish.instance else None
+        if runner is not None:
+            runner.is_jit = runner.is_jit and wish.is_jit
+        elif wish.is_jit or wish.before is not None:
+            runner = next(iter(self._staying(wish.model)), None)  # draining or not: that was for those who waited longer
+            if runner is None and (wish.lives or wish.before is not None):
+                return False
+            if wish.instance is not None:
+                self._superfluous.append(wish.instance.id)
+        else:
+            return False
+        self._wishes.remove(wish)
+        for live in wish.lives:
+            assert runner is not None
+            self._listener.on_assigned(runner, live)
+        return True
+
+    def _staying(self, model: ModelFile) -> Iterable[RunnerProcess]:
+        return [r for r in self.by_id.values() if r.instance.model.id == model.id and not r.stopping and not r.load_error]
+
+    def _leavers(self, wish: Wish, instance: Instance, needed_bytes: int) -> list[RunnerProcess]:
+        """Return the runners that have to leave memory for a wish. Raises ``InsufficientMemory`` if that is not enough."""
+        free, total = self._free_memory()
+        with self.lock:
+            runners = list(self.by_id.values())
+        pinned = self._store.pinned() if runners else set()
+        others = [runner for runner in runners if runner.instance.id not in pinned]
+        leaving = [runner for runner in others if runner.instance.id in instance.replaces]
+        candidates: list[RunnerProcess] = []
+        if wish.is_jit and self.policy.auto_evict is not AutoEvict.OFF:
+            candidates = [runner for runner in others if runner.is_jit]
+            if self.policy.auto_evict is AutoEvict.ON:
+                leaving += [runner for runner in candidates if not runner.is_busy]
+        available = sys.maxsize if self.policy.is_unlimited else free - reserve(self.policy.guardrail, total)
+        missing = needed_bytes - available - sum(runner.memory_bytes() for runner in leaving)
+        if missing > 0:
+            now = time.monotonic()
+            rest = {runner.instance.id: runner for runner in candidates if runner not in leaving}
+            chosen = choose_leavers(
+                missing, [Resident(pk, max(r.memory_bytes(), r.needed_bytes), r.is_busy, now - r.last_used_at) for pk, r in rest.items()]
+            )
+            if chosen is None:
+                held_by = {runner.identifier: runner.memory_bytes() for runner in runners}
+                raise refusal(
+                    instance.identifier,
+                    needed_bytes,
+                    level=self.policy.guardrail,
+                    free_bytes=free,
+                    total_bytes=total,
+                    held_by=held_by,
+                )
+            leaving += [rest[resident.id] for resident in chosen]
+        return leaving
+
+    def _clear(self, wish: Wish, leaving: list[RunnerProcess]) -> set[int]:
+        """Unload these for a wish if they may go, all at once; else return those that are to take nothing new until they may."""
+        by_person = not wish.is_jit
+        now = time.monotonic()
+        with self.lock:
+            staying = [r for r in leaving if r.is_busy or (not by_person and now < min(r.turn_until, r.last_used_at + GRACE_SECONDS))]
+            if staying:
+                wish.reason = f"Waiting until {_names(staying)} has finished."
+                return {runner.instance.id for runner in staying if by_person or now >= runner.turn_until}
+            for runner in leaving:
+                runner.stopping = True
+        wish.left += [runner.instance for runner in leaving]
+        for runner in leaving:
+            logger.info("unloading %s for %s", runner.identifier, wish.model.key)
+            threading.Thread(target=runner.stop, name=f"unload-{runner.instance.id}", daemon=True).start()
+        return set()
+
+    def _spawn(self, wish: Wish, instance: Instance) -> None:
+        with self.lock:
+            if self._stopping.is_set() or wish not in self._wishes:
+                return
             runner = RunnerProcess(
                 instance,
                 logs=self._logs,
                 step_log=self._step_log,
-                on_message=self._on_message,
-                on_idle=self._on_idle,
-                on_exit=self._on_exit,
+                on_message=self._listener.on_message,
+                on_idle=self._listener.on_idle,
+                on_exit=self._listener.on_exit,
             )
-            runner.needed_bytes, runner.jit = needed_bytes, jit
+            runner.needed_bytes, runner.is_jit, runner.replaced = wish.needed_bytes or 0, instance.is_jit, wish.left
+            runner.ttl_seconds = instance.ttl_seconds
             self.by_id[instance.id] = runner
-        return runner
+            self._wishes.remove(wish)
+            for live in wish.lives:
+                self._listener.on_assigned(runner, live)
 
-    def _check_memory(self, instance: Instance) -> int:
-        """Return what the load will take, 0 where nobody can tell. Raises ``InsufficientMemory``."""
+    def _needed_bytes(self, instance: Instance) -> int:
+        """Return what the load will take, 0 where nobody can tell."""
         if instance.config.gpu_layers != 0 and has_gpu_build():
             return 0  # most of it goes to memory that only the engine knows
         try:
-            found = self._store.memory_estimate(instance)
-        except (InvalidModelFile, DatabaseError) as error:
+            return self._store.memory_estimate(instance).needed_bytes
+        except InvalidModelFile as error:
             logger.warning("no estimate for %s: %s", instance.identifier, error)
             return 0
+
+    def _free_memory(self) -> tuple[int, int]:
+        """Return the free and all memory for models, in bytes; what is being loaded counts in full."""
         free, total = machine_memory()
         with self.lock:
-            held = {runner.identifier: (runner.memory_bytes(), runner.needed_bytes, runner.ready) for runner in self.by_id.values()}
-        free -= sum(max(0, needed - used) for used, needed, ready in held.values() if not ready)
-        check_memory(
-            instance.identifier,
-            found,
-            level=self._guardrail,
-            free_bytes=free,
-            total_bytes=total,
-            held_by={name: used for name, (used, _, _) in held.items()},
-        )
-        return found.needed_bytes
+            used = [(runner.memory_bytes(), 0 if runner.ready else runner.needed_bytes) for runner in self.by_id.values()]
+        free -= sum(max(0, needed - now) for now, needed in used)
+        if self.policy.limit_bytes:
+            free = min(free, self.policy.limit_bytes - sum(max(now, needed) for now, needed in used))
+            total = min(total, self.policy.limit_bytes)
+        return free, total
 
-    def unload_idle(self) -> None:
-        """Unload what requests loaded and nobody has used for ``JIT_TTL_SECONDS``."""
+    # --- telling -------------------------------------------------------------------------------------------------------
+
+    def _refuse(self, wish: Wish, error: LmwebError, *, code: str = "") -> None:
+        info = ErrorInfo(code=code or error.code, message=error.message, param=error.param, details=error.details)
+        with self.lock:
+            if wish in self._wishes:
+                self._wishes.remove(wish)
+            self._refuse_all(wish, info)
+            self._put_back(wish.left)
+        instance = wish.instance
+        if instance is not None:
+            self._try_store(lambda: self._store.instance_failed(instance.id, error.message))
+
+    def _refuse_all(self, wish: Wish, info: ErrorInfo) -> None:
+        for live in wish.lives:
+            self._listener.on_refused(live, info)
+
+    def _put_back(self, instances: list[Instance]) -> None:
+        """Load again what had left memory for a model that could not be loaded."""
+        for instance in instances:
+            if self._stopping.is_set() or any(self._staying(instance.model)):
+                continue
+            logger.info("%s comes back into memory", instance.identifier)
+            self._wishes.append(Wish(instance.model, before=instance))
+        self._wake.set()
+
+    def _tell_waiting(self) -> None:
+        """Tell the generations that wait for memory where they stand, and the rows of loads what they wait for."""
         now = time.monotonic()
         with self.lock:
-            idle = [r for r in self.by_id.values() if r.jit and not r.running and not r.waiting and now - r.last_used_at > JIT_TTL_SECONDS]
-        for runner in idle:
-            logger.info("unloading %s: not used for an hour", runner.identifier)
-            self.unload(runner.instance.id)
+            wishes = [wish for wish in self._wishes if now - wish.since > TELL_SECONDS]
+        for position, wish in enumerate(wishes):
+            reason = wish.reason if not position else f"{wishes[0].model.key} is loaded first."
+            if not reason or wish.told == (position, reason):
+                continue
+            wish.told = position, reason
+            instance = wish.instance
+            if instance is not None:
+                self._try_store(lambda pk=instance.id, note=reason: self._store.instance_waiting(pk, note))  # type: ignore[misc]
+            with self.lock:
+                for live in wish.lives:
+                    self._listener.on_waiting(live, position, reason)
+
+    @staticmethod
+    def _try_store(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except DatabaseError as error:
+            logger.warning("PostgreSQL is away: %s", str(error).strip().splitlines()[0])
+
+
+def _is_expired(runner: RunnerProcess, now: float) -> bool:
+    return (
+        runner.ready
+        and not runner.stopping
+        and not runner.is_busy
+        and runner.ttl_seconds is not None
+        and now - runner.last_used_at > runner.ttl_seconds
+    )
+
+
+def _names(runners: list[RunnerProcess]) -> str:
+    return " and ".join(runner.identifier for runner in runners)

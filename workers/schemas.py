@@ -11,6 +11,7 @@ from msgspec import Meta
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Reasoning = Literal["off", "low", "medium", "high", "on"]
 OverflowPolicy = Literal["stopAtLimit", "truncateMiddle", "rollingWindow"]
+KvCacheType = Literal["f32", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 MAX_STOP_STRINGS = 16
@@ -32,6 +33,9 @@ class Lane(IntEnum):
     API = 1
     BATCH = 2
 
+
+#: How long a model may stay in memory without use; ten years are for ever.
+TtlSeconds = Annotated[int, Meta(ge=1, le=315_360_000)]
 
 #: Names of tools need no quoting in any family's way of writing calls.
 ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}$")]
@@ -122,6 +126,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only
     alternatives (None: of none). ``tool_choice`` "none" hides the tools, "required" or a named one makes the answer a call;
     without ``parallel_tool_calls`` the answer ends after one. ``lane`` is the request's place when the model is busy. ``reasoning``
     says how much the model is to think, in LM Studio's words, ``template_kwargs`` sets variables of the chat template by name.
+    ``ttl_seconds`` is how long the model stays without use if this request loads it. ``given`` names the sampling parameters that
+    the caller set: the others take the model's defaults where generations start.
     """
 
     model: Annotated[str, Meta(min_length=1, max_length=512)]
@@ -136,13 +142,15 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only
     parallel_tool_calls: bool = True
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     lane: Lane = Lane.API
+    ttl_seconds: TtlSeconds | None = None
+    given: frozenset[str] = frozenset()
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """What is to be turned into vectors: texts, or token ids of the model's own vocabulary.
 
     ``dimensions`` shortens the vectors of models that were trained for it. ``truncate`` cuts inputs that are longer than the
-    context; without it they are an error.
+    context; without it they are an error. ``ttl_seconds`` as in ``GenerationRequest``.
     """
 
     model: Annotated[str, Meta(min_length=1, max_length=512)]
@@ -150,6 +158,7 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
     dimensions: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     truncate: bool = False
     lane: Lane = Lane.API
+    ttl_seconds: TtlSeconds | None = None
 
 
 AnyRequest = GenerationRequest | EmbeddingRequest
@@ -160,7 +169,9 @@ class LoadConfig(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     ``context_length`` is in tokens, shared by all ``parallel`` sequences; None takes the model's own, up to the
     installation's default. ``eval_batch_size`` is the number of prompt tokens per step at most. ``gpu_layers`` -1 means all.
-    ``cpu_threads`` 0 means the installation's default.
+    ``cpu_threads`` 0 means the installation's default. ``num_experts`` is how many experts of a mixture work on a token; None is
+    the model's own number. ``k_cache_type`` and ``v_cache_type`` are the precisions of keys and values; values below 16 bits need
+    ``flash_attention``. ``offload_kv_cache_to_gpu`` has no effect without a GPU.
     """
 
     context_length: Annotated[int, Meta(ge=16, le=16_777_216)] | None = None
@@ -169,6 +180,10 @@ class LoadConfig(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     flash_attention: bool | None = None
     gpu_layers: Annotated[int, Meta(ge=-1, le=100_000)] = -1
     cpu_threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    num_experts: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    offload_kv_cache_to_gpu: bool = True
+    k_cache_type: KvCacheType = "f16"
+    v_cache_type: KvCacheType = "f16"
 
 
 def request_to_builtins(request: AnyRequest) -> dict[str, Any]:

@@ -26,12 +26,19 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """A row of a model in memory (or about to be): which file, and how it is to be loaded."""
+    """A row of a model in memory (or about to be): which file, and how it is to be loaded.
+
+    ``ttl_seconds`` is how long it stays without use, None for ever. ``is_jit`` says that a request loads it, not a person.
+    ``replaces`` are the rows that the person agreed to have unloaded for it.
+    """
 
     id: int
     identifier: str
     model: ModelFile
     config: LoadConfig
+    ttl_seconds: int | None = None
+    is_jit: bool = False
+    replaces: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +107,14 @@ class Store(Protocol):
     def give_back(self, progress: list[Progress]) -> None:
         """Save and queue again what this worker could not finish before its shutdown."""
 
-    def create_instance(self, model: ModelFile, identifier: str) -> Instance:
-        """Make the row of a model that a request loads just in time."""
+    def create_instance(self, model: ModelFile, *, ttl_seconds: int | None, running: set[int]) -> Instance:
+        """Make the row of a model that a request loads just in time, with the model's defaults.
+
+        ``running`` are the rows whose runners are there; other rows of the same name are leftovers, or wait for their load.
+        """
+
+    def restore_instance(self, instance: Instance) -> Instance:
+        """Make a row like this one, which had to leave memory, to load it again."""
 
     def get_instance(self, instance_id: int) -> Instance | None:
         """Return the row of a load that a person asked for; None if it is gone or belongs to another node."""
@@ -109,10 +122,16 @@ class Store(Protocol):
     def memory_estimate(self, instance: Instance) -> MemoryEstimate:
         """Return what loading this takes. Raises ``InvalidModelFile`` if the file is gone or broken."""
 
+    def pinned(self) -> set[int]:
+        """Return the rows of this node that must stay in memory until a person unloads them."""
+
+    def instance_waiting(self, instance_id: int, note: str) -> None:
+        """Note what a load waits for."""
+
     def instance_loading(self, instance_id: int, progress: float) -> None:
         """Note how far the load is."""
 
-    def instance_ready(self, instance_id: int, *, config: LoadConfig, memory_bytes: int) -> None:
+    def instance_ready(self, instance_id: int, *, config: LoadConfig, memory_bytes: int, load_seconds: float) -> None:
         """Note that the model can be used, with the configuration in force."""
 
     def instance_failed(self, instance_id: int, error: str) -> None:

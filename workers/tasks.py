@@ -24,6 +24,7 @@ from models_app.store import DjangoStore, relax_commits
 from workers.dispatch import CANCEL
 from workers.host import Host
 from workers.memory import Guardrail
+from workers.runners import AutoEvict, Policy
 from workers.store import Instance
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,19 @@ def host() -> Host:
         logs=settings.LOGS_DIR,
         step_log=settings.STEP_LOG,
         complete_config=complete_config,
+        policy=policy(),
+    )
+
+
+def policy() -> Policy:
+    """Return what the settings say about loading."""
+    return Policy(
         guardrail=Guardrail(settings.MODEL_LOADING_GUARDRAILS),
+        jit=settings.JIT,
+        jit_ttl_seconds=settings.JIT_TTL_SECONDS or None,
+        auto_evict=AutoEvict(settings.AUTO_EVICT),
+        turn_seconds=settings.MODEL_TURN_SECONDS,
+        limit_bytes=settings.MODEL_MEMORY_BYTES,
     )
 
 

@@ -16,6 +16,7 @@ from models_app.store import DjangoStore
 from workers import stream
 from workers.events import AnyEvent, ChatEnd, MessageDelta, decode_events
 from workers.host import Host
+from workers.runners import Policy
 from workers.schemas import ChatMessage, GenerationRequest, SamplingParams, request_to_builtins
 from workers.tasks import complete_config
 
@@ -30,10 +31,10 @@ def wait_for(condition: Callable[[], object], *, seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-def make_host(logs: Path) -> Host:
+def make_host(logs: Path, policy: Policy | None = None) -> Host:
     """Return a host that is not started yet."""
     store = DjangoStore("test-node", engines=[])
-    return Host(store=store, redis_url=settings.REDIS_URL, logs=logs, step_log=True, complete_config=complete_config)
+    return Host(store=store, redis_url=settings.REDIS_URL, logs=logs, step_log=True, complete_config=complete_config, policy=policy)
 
 
 class Bench:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from django.core.management import call_command
 
-from lmweb.errors import InsufficientMemory
 from tests.micro_models import make_micro, make_micro_bert
 from workers import memory
 from workers.engines import registry
-from workers.memory import Guardrail, MemoryEstimate, ModelShape, estimate
+from workers.memory import Guardrail, ModelShape, Resident, choose_leavers, estimate
+from workers.runners import AutoEvict, Policy
 from workers.schemas import LoadConfig
 
 if TYPE_CHECKING:
@@ -62,25 +62,32 @@ def test_the_engine_has_as_many_cells_as_were_estimated(tmp_path: Path, context:
     engine.close()
 
 
-@pytest.mark.parametrize(("level", "fits"), [("off", 0), ("relaxed", 100), ("balanced", 100 + 50), ("strict", 100 + 150)])
-def test_levels(level: str, fits: int) -> None:
-    found = MemoryEstimate(weights_bytes=0, repacked_bytes=0, kv_bytes=0, compute_bytes=0, measured_bytes=100)
+@pytest.mark.parametrize(("level", "reserved"), [("off", 0), ("relaxed", 0), ("balanced", 50), ("strict", 150)])
+def test_levels(level: str, reserved: int) -> None:
+    assert memory.reserve(Guardrail(level), 1000) == reserved
+    error = memory.refusal("m", 100, level=Guardrail(level), free_bytes=99, total_bytes=1000, held_by={"other": 7})
+    assert error.details == {"needed_bytes": 100, "free_bytes": 99, "held_by": [{"identifier": "other", "memory_bytes": 7}]}
+    assert "m needs about" in error.message
+    assert "other (0.00 GB)" in error.message
 
-    def check(free: int) -> None:
-        memory.check("m", found, level=Guardrail(level), free_bytes=free, total_bytes=1000, held_by={"other": 7})
 
-    check(fits)
-    if level == "off":
-        return
-    with pytest.raises(InsufficientMemory) as refusal:
-        check(fits - 1)
-    assert refusal.value.details == {
-        "needed_bytes": 100,
-        "free_bytes": fits - 1,
-        "held_by": [{"identifier": "other", "memory_bytes": 7}],
-    }
-    assert "m needs about" in refusal.value.message
-    assert "other (0.00 GB)" in refusal.value.message
+def test_who_leaves() -> None:
+    busy = Resident(1, 500, is_busy=True, unused_seconds=0)
+    fresh, stale = Resident(2, 300, is_busy=False, unused_seconds=5), Resident(3, 200, is_busy=False, unused_seconds=900)
+    everybody = [busy, fresh, stale]
+    assert choose_leavers(100, everybody) == [stale]
+    assert choose_leavers(250, everybody) == [fresh], "the stale one alone is too small, and not needed then"
+    assert choose_leavers(400, everybody) == [stale, fresh]
+    assert choose_leavers(600, everybody) == [fresh, busy]
+    assert choose_leavers(1000, everybody) == [stale, fresh, busy]
+    assert choose_leavers(1001, everybody) is None
+    assert choose_leavers(0, everybody) == []
+
+
+def test_precisions_of_the_cache_change_the_estimate() -> None:
+    plain = estimate(SEVEN_B, LoadConfig(context_length=8192)).kv_bytes
+    halved = estimate(SEVEN_B, LoadConfig(context_length=8192, k_cache_type="q8_0", v_cache_type="q8_0")).kv_bytes
+    assert halved / plain == pytest.approx(34 / 64)
 
 
 def test_this_machine_has_memory() -> None:
@@ -130,6 +137,7 @@ def test_the_estimate_is_close_and_then_exact(bench: Bench, starter_gguf: Path, 
 def test_a_load_that_does_not_fit_is_refused_in_words(
     bench: Bench, starter: InstalledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bench.host.runners.policy = Policy(auto_evict=AutoEvict.OFF)
     first = bench.install(make_micro(tmp_path / "m.gguf"), "test/first")
     bench.run(first, "to be")
     monkeypatch.setattr("workers.runners.machine_memory", lambda: (50 * MIB, 1000 * MIB))

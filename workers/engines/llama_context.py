@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp.llama_cpp as C
@@ -15,9 +17,20 @@ from numpy.typing import NDArray
 
 from lmweb.errors import ModelLoadFailed
 from workers.memory import kv_bytes_per_token
+from workers.schemas import KvCacheType
 
 GGML_LOG_LEVEL_ERROR = 4
 _PIECE_BYTES = 512
+KV_TYPES: dict[KvCacheType, int] = {
+    "f32": C.GGML_TYPE_F32,
+    "f16": C.GGML_TYPE_F16,
+    "q8_0": C.GGML_TYPE_Q8_0,
+    "q5_1": C.GGML_TYPE_Q5_1,
+    "q5_0": C.GGML_TYPE_Q5_0,
+    "q4_1": C.GGML_TYPE_Q4_1,
+    "q4_0": C.GGML_TYPE_Q4_0,
+    "iq4_nl": C.GGML_TYPE_IQ4_NL,
+}
 
 
 class _Log:
@@ -35,7 +48,7 @@ class _Log:
         """Return the first complaint since ``clear``: later ones only say that the caller gave up."""
         if not self.errors:
             return "the engine gave no reason"
-        return self.errors[0].removeprefix("llama_model_load:").strip().removeprefix("error loading model:").strip()
+        return re.sub(r"^(?:llama_\w+:|error loading model:|\s)+", "", self.errors[0])
 
     def clear(self) -> None:
         self.errors = []
@@ -47,13 +60,20 @@ _log = _Log()
 class Model:
     """Weights and vocabulary of one file."""
 
-    def __init__(self, path: str, *, gpu_layers: int, on_progress: Callable[[float], None]) -> None:
-        """Load the file. Raises ``ModelLoadFailed`` with the engine's own reason."""
+    def __init__(self, path: str, *, gpu_layers: int, on_progress: Callable[[float], None], experts: int | None = None) -> None:
+        """Load the file; ``experts`` is how many experts of a mixture are to work on a token, None the model's own number.
+
+        Raises ``ModelLoadFailed`` with the engine's own reason.
+        """
         C.llama_log_set(_log.callback, ctypes.c_void_p(0))
         C.llama_backend_init()
         _log.clear()
         params = C.llama_model_default_params()
         params.n_gpu_layers = gpu_layers if gpu_layers >= 0 else 999_999
+
+        if experts is not None:
+            self._overrides = _expert_overrides(path, experts)
+            params.kv_overrides = self._overrides
 
         def report(fraction: float, _data: Any) -> bool:
             on_progress(fraction)
@@ -83,12 +103,7 @@ class Model:
 
     def metadata(self, key: str) -> str:
         """Return a metadata value as text, empty if absent."""
-        size = C.llama_model_meta_val_str(self.handle, key.encode(), None, 0)
-        if size < 0:
-            return ""
-        buffer = ctypes.create_string_buffer(size + 1)
-        C.llama_model_meta_val_str(self.handle, key.encode(), buffer, size + 1)
-        return buffer.value.decode("utf-8", "replace")
+        return _metadata(self.handle, key)
 
     def tokenize(self, text: str, *, add_bos: bool) -> list[int]:
         """Return the tokens of a text; special tokens written in it count as such."""
@@ -125,6 +140,46 @@ class Model:
         C.llama_model_free(self.handle)
 
 
+def _expert_overrides(path: str, experts: int) -> Any:
+    """Return llama.cpp's list of metadata to read differently: one number, and the empty entry that ends the list.
+
+    Raises ``ModelLoadFailed`` for more experts than the model has.
+    """
+    params = C.llama_model_default_params()
+    params.vocab_only = True  # reads the header, no weights
+    handle = C.llama_model_load_from_file(os.fsencode(path), params)
+    if not handle:
+        raise ModelLoadFailed(f"llama.cpp could not load the model: {_log.reason()}")
+    architecture = _metadata(handle, "general.architecture")
+    available = _metadata(handle, f"{architecture}.expert_count") or "0"
+    C.llama_model_free(handle)
+    if experts > int(available):
+        raise ModelLoadFailed(f"{experts} experts were asked for; this model has {available}.")
+    overrides = (C.llama_model_kv_override * 2)()
+    overrides[0].tag, overrides[0].key = C.LLAMA_KV_OVERRIDE_TYPE_INT, f"{architecture}.expert_used_count".encode()
+    value: Any = overrides[0].value  # ctypes: a union, not what its declared type says
+    value.val_i64 = experts
+    return overrides
+
+
+def _metadata(handle: Any, key: str) -> str:
+    size = C.llama_model_meta_val_str(handle, key.encode(), None, 0)
+    if size < 0:
+        return ""
+    buffer = ctypes.create_string_buffer(size + 1)
+    C.llama_model_meta_val_str(handle, key.encode(), buffer, size + 1)
+    return buffer.value.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """The precisions of keys and values, and whether a GPU's memory holds them."""
+
+    keys: KvCacheType = "f16"
+    values: KvCacheType = "f16"
+    on_gpu: bool = True
+
+
 class Context:
     """The KV cache and compute state over a model, with its own batch arrays (pointers set once, filled through numpy)."""
 
@@ -138,6 +193,7 @@ class Context:
         threads: int,
         flash_attention: bool | None,
         pooling: int | None = None,
+        kv: KvCache | None = None,
     ) -> None:
         """Create the context, with ``pooling`` (llama.cpp's number) one that computes embeddings instead of logits.
 
@@ -151,6 +207,8 @@ class Context:
             params.embeddings, params.pooling_type = True, pooling
         params.n_threads = params.n_threads_batch = threads
         params.kv_unified, params.swa_full, params.no_perf = True, True, True
+        if kv is not None:
+            params.type_k, params.type_v, params.offload_kqv = KV_TYPES[kv.keys], KV_TYPES[kv.values], kv.on_gpu
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
         _log.clear()
         self.handle = C.llama_init_from_model(model.handle, params)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from workers.constraints import ConstraintFactory
 from workers.engines.base import Engine, EngineInfo, Logprob, Sequence, StepResult, TokenTaker
 from workers.engines.kv_park import MIN_TOKENS, KvPark, Parked
-from workers.engines.llama_context import Context, Model
+from workers.engines.llama_context import Context, KvCache, Model
 from workers.engines.llama_embedding import LlamaEmbedder, LlamaEmbeddingEngine, declared_pooling
 from workers.engines.llama_sampling import TokenSampler, likeliest, log_probabilities
 from workers.memory import kv_cells
@@ -257,7 +257,7 @@ class LlamaEngine:
 
 def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) -> Engine:
     """Load a GGUF file. ``config.context_length`` and ``config.cpu_threads`` are set. Raises ``ModelLoadFailed``."""
-    model = Model(path, gpu_layers=config.gpu_layers, on_progress=on_progress)
+    model = Model(path, gpu_layers=config.gpu_layers, on_progress=on_progress, experts=config.num_experts)
     context_length = min(config.context_length or model.trained_context, model.trained_context)
     threads = config.cpu_threads or os.cpu_count() or 1
     on_gpu = bool(config.gpu_layers) and bool(C.llama_supports_gpu_offload())
@@ -276,6 +276,7 @@ def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) ->
         batch_tokens=batch_tokens,
         threads=threads,
         flash_attention=config.flash_attention,
+        kv=KvCache(config.k_cache_type, config.v_cache_type, config.offload_kv_cache_to_gpu),
     )
     if not context.has_memory:  # an encoder that does not say how its vectors are pooled
         context.close()
