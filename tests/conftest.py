@@ -31,6 +31,8 @@ _data_dir: Path | None = None
 def pytest_configure(config: pytest.Config) -> None:
     """Start the services and point the settings at them, before pytest-django reads the settings."""
     global _data_dir
+    if config.option.dist != "no" and not hasattr(config, "workerinput"):
+        return  # the tests run in processes of their own, which must not inherit any of this
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.settings"
     if config.option.help or config.option.version or config.option.collectonly:
         django.setup()

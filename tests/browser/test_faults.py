@@ -17,7 +17,7 @@ MODEL = "browser/faults"
 @pytest.fixture(scope="module")
 def slow_model(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Import a model that writes for many seconds, and remove it afterwards."""
-    file = make_micro(tmp_path_factory.mktemp("faults") / "slow.gguf", layers=96, context=4096, name="browser faults", seed=8)
+    file = make_micro(tmp_path_factory.mktemp("faults") / "slow.gguf", layers=64, context=4096, name="browser faults", seed=8)
     live.create_admin()
     live.manage("import_model", str(file), "--copy", "--user-repo", MODEL)
     yield MODEL
@@ -32,7 +32,7 @@ def test_the_page_catches_up_without_reloading(page: Page, fault_live: Live, slo
     ready(page)
     page.locator(".bar [data-toggle-panel]").click()
     page.get_by_label("Temperature").fill("0")
-    page.get_by_label("Max tokens").fill("600")
+    page.get_by_label("Max tokens").fill("300")
     page.keyboard.press("Control+l")
     page.locator(f".picker-row[data-key='{slow_model}']").click()
     box = page.get_by_label("Message", exact=True)

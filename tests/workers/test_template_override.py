@@ -22,7 +22,7 @@ def prompt_tokens(bench: Bench, model: InstalledModel, **fields: object) -> int:
 
 def test_an_edit_counts_from_the_next_request_on(bench: Bench, starter: InstalledModel) -> None:
     own = bench.run(starter, "Which port does the server use?", sampling=GREEDY)
-    runner = next(iter(bench.host._runners.values())).process.pid
+    runner = next(iter(bench.host.runners.by_id.values())).process.pid
     InstalledModel.objects.update(chat_template_override="{{ messages[0].content }}")
     bare = bench.run(starter, "Which port does the server use?", sampling=SHORT)
     InstalledModel.objects.update(chat_template_override="{{ broken")
@@ -32,7 +32,7 @@ def test_an_edit_counts_from_the_next_request_on(bench: Bench, starter: Installe
     assert bare.stats["input_tokens"] < own.stats["input_tokens"] == again.stats["input_tokens"]
     assert (refused.error_code, refused.status) == ("template_error", "failed")
     assert again.content == own.content
-    assert next(iter(bench.host._runners.values())).process.pid == runner
+    assert next(iter(bench.host.runners.by_id.values())).process.pid == runner
 
 
 def test_a_model_whose_own_template_is_broken_can_be_mended(bench: Bench, tmp_path: Path) -> None:
