@@ -11,6 +11,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from typing import Any
 
+import msgspec
 import redis.asyncio
 from django.conf import settings
 from django.db import IntegrityError, transaction
@@ -22,6 +23,7 @@ from redis.exceptions import RedisError
 from lmweb.access import Action, Principal, require
 from lmweb.db import run_db
 from lmweb.errors import InvalidRequest, ModelNotFound, NotFound
+from models_app.drafts import check_draft
 from models_app.models import Generation, InstalledModel
 from workers import dispatch, stream
 from workers.events import AnyEvent, ChatEnd, Error, ErrorInfo, Result, Snapshot, Stats, encode_events, output_items
@@ -49,13 +51,15 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
     """Check, write the row (``queued``) and send it to a node once the transaction commits. Returns at once.
 
     Raises ``PermissionDenied``, ``ModelNotFound``, or ``InvalidRequest`` for a chat with a model that only makes embeddings (a
-    language model does both). What is wrong with the prompt itself (too long, refused by the chat
+    language model does both) and for a draft model that does not match. What is wrong with the prompt itself (too long, refused by the chat
     template) is known to the runner only and arrives as an ``error`` event.
     """
     require(principal, Action.GENERATE)
     model = resolve_model(principal, request.model)
     if model.type == InstalledModel.Type.EMBEDDING and isinstance(request, GenerationRequest):
         raise InvalidRequest(f"{model.key} is an embedding model: it turns texts into vectors and cannot chat.", param="model")
+    if isinstance(request, GenerationRequest) and request.draft_model:
+        request = msgspec.structs.replace(request, draft_model=check_draft(principal, model, request.draft_model).key)
     node = dispatch.choose_node(model.pk)
     with _model_still_there(request.model):
         generation = Generation.objects.create(

@@ -9,6 +9,7 @@ Supported are versions 2 and 3, little-endian. The format is described in the do
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -88,7 +89,7 @@ FILE_TYPES: Final = {
 # Only these are kept, so that a header full of long texts or lists costs time but no memory.
 _KEPT_TEXTS: Final = {
     "general.architecture", "general.description", "general.license", "general.name", "general.organization", "general.size_label",
-    "general.type", "tokenizer.chat_template",
+    "general.type", "tokenizer.chat_template", "tokenizer.ggml.model",
 }  # fmt: skip
 _KEPT_LISTS: Final = (".attention.head_count", ".attention.head_count_kv")
 
@@ -101,11 +102,12 @@ Scalar = int | float | bool | str
 
 @dataclass(frozen=True)
 class Array:
-    """An array of the metadata. ``values`` is None for one that nobody needs, such as a vocabulary."""
+    """An array of the metadata. ``values`` is None for one that nobody needs, such as a vocabulary; it begins at byte ``start``."""
 
     element_type: int
     length: int
     values: list[Scalar] | None
+    start: int
 
 
 Value = Scalar | Array | None  # None: a text that nobody needs
@@ -197,6 +199,62 @@ def check_beginning(path: Path, total_size: int) -> bool:
     except OSError as error:
         raise InvalidModelFile(f"The file cannot be read: {error.strerror or error}.") from None
     return True
+
+
+#: Vocabularies of one family differ in the first, special tokens, and in unused ones at the end (llama.cpp's tolerance).
+_FIRST_COMPARED_TOKEN: Final = 5
+_MAX_SIZE_DIFFERENCE: Final = 128
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A vocabulary as far as two are compared. ``digests`` maps lengths, from ``size`` down, to the hash of so many tokens."""
+
+    kind: str
+    size: int
+    ends: tuple[Value, ...]
+    digests: dict[int, bytes]
+
+    def mismatch(self, draft: Vocabulary) -> str:
+        """Return why the tokens of a draft model with that vocabulary cannot be used with this one, empty if they can."""
+        if self.kind != draft.kind:
+            return "its tokenizer is of another kind"
+        if abs(self.size - draft.size) > _MAX_SIZE_DIFFERENCE:
+            return f"it knows {draft.size} tokens, the model {self.size}"
+        common = min(self.size, draft.size)
+        if self.ends != draft.ends or self.digests[common] != draft.digests[common]:
+            return "its tokens are others than the model's"
+        return ""
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """Read the vocabulary of a model file. Raises ``InvalidModelFile``."""
+    try:
+        with path.open("rb") as stream:
+            header = read_header(stream)
+            tokens = header.metadata.get("tokenizer.ggml.tokens")
+            if not isinstance(tokens, Array) or tokens.element_type != _STRING:
+                raise InvalidModelFile("The file has no vocabulary (tokenizer.ggml.tokens).")
+            digests = _digest_tokens(stream, tokens)
+    except OSError as error:
+        raise InvalidModelFile(f"The file cannot be read: {error.strerror or error}.") from None
+    ends = tuple(header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    return Vocabulary(str(header.metadata.get("tokenizer.ggml.model")), tokens.length, ends, digests)
+
+
+def _digest_tokens(stream: BinaryIO, tokens: Array) -> dict[int, bytes]:
+    cursor = _Cursor(stream, *[stream.seek(0, os.SEEK_END)] * 2)
+    cursor.skip(tokens.start, "the vocabulary")
+    cursor.skip_strings(min(_FIRST_COMPARED_TOKEN, tokens.length), "the vocabulary")
+    found, digest = {}, hashlib.blake2b(digest_size=16)
+    for n in range(min(_FIRST_COMPARED_TOKEN, tokens.length) + 1, tokens.length + 1):
+        length = cursor.count("the vocabulary")
+        if length > MAX_TEXT_BYTES:
+            raise InvalidModelFile("A token of the vocabulary is too long.")
+        digest.update(length.to_bytes(8, "little") + cursor.take(length, "the vocabulary"))
+        if n >= tokens.length - _MAX_SIZE_DIFFERENCE:
+            found[n] = digest.digest()
+    return found
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -376,13 +434,14 @@ def _read_array(cursor: _Cursor, what: str, *, keep: bool) -> Array:
     element = 8 if kind == _STRING else struct.calcsize(_SCALARS[kind])
     if length > cursor.remaining // element:
         raise InvalidModelFile(f"The file claims {length} elements for {what}, more than fit into it.")
+    start = cursor.position
     if keep and kind != _STRING and length <= MAX_LAYERS:
-        return Array(kind, length, [_read_number(cursor, kind, what) for _ in range(length)])
+        return Array(kind, length, [_read_number(cursor, kind, what) for _ in range(length)], start)
     if kind == _STRING:
         cursor.skip_strings(length, what)
     else:
         cursor.skip(length * element, what)
-    return Array(kind, length, None)
+    return Array(kind, length, None, start)
 
 
 def _alignment(metadata: dict[str, Value]) -> int:

@@ -28,8 +28,8 @@ def estimate_model(model: InstalledModel, config: LoadConfig) -> MemoryEstimate:
 
 
 def note_measurement(model_id: int, config: LoadConfig, memory_bytes: int) -> None:
-    """Keep what a load really took, for the next estimate of the same configuration."""
-    if memory_bytes and config.context_length is not None:
+    """Keep what a load really took, for the next estimate of the same configuration; one with a draft model says too little."""
+    if memory_bytes and config.context_length is not None and not config.draft_model:
         MemoryMeasurement.objects.update_or_create(
             model_id=model_id,
             **_what_matters(config),

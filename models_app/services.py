@@ -15,6 +15,7 @@ from django.db.models import Count
 from lmweb.access import Action, Principal, require
 from lmweb.errors import Conflict, InvalidModelFile, InvalidRequest, ServiceUnavailable, TemplateError
 from models_app import gguf, naming, placement
+from models_app.drafts import check_draft
 from models_app.models import Generation, InstalledModel, ModelInstance
 from models_app.placement import Mode
 from workers import dispatch
@@ -241,8 +242,8 @@ def request_load(
 ) -> ModelInstance:
     """Have a model loaded on the node that suits it best. Returns the row at once; its status tells how it goes on.
 
-    Raises ``PermissionDenied``, ``InvalidRequest`` for a context longer than the model's, ``Conflict`` for an identifier in use
-    and ``ServiceUnavailable`` when no worker runs.
+    Raises ``PermissionDenied``, ``InvalidRequest`` for a context longer than the model's or a draft model with another vocabulary,
+    ``Conflict`` for an identifier in use and ``ServiceUnavailable`` when no worker runs.
     """
     if principal:
         require(principal, Action.LOAD_MODELS)
@@ -252,6 +253,8 @@ def request_load(
             f"{model.key} was made for at most {model.max_context_length} tokens of context, not {config.context_length}.",
             param="context_length",
         )
+    if config.draft_model:
+        config = msgspec.structs.replace(config, draft_model=check_draft(principal, model, config.draft_model).key)
     if not model.file.is_file():
         raise Conflict(f"The file of {model.key} is missing on the server ({model.path}). Import it again.")
     name = naming.check_identifier(identifier) if identifier else model.key

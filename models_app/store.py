@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +20,14 @@ from django.db.models.expressions import RawSQL
 from django.utils import timezone
 
 from lmweb.db import drop_dead_connections
+from models_app.drafts import draft_file
 from models_app.memory import estimate_model, note_measurement
 from models_app.models import Generation, InstalledModel, ModelInstance
 from models_app.naming import free_identifier
 from workers.events import Stats
 from workers.memory import MemoryEstimate
 from workers.models import WorkerNode
-from workers.schemas import LoadConfig, ToolCall, request_from_json
+from workers.schemas import GenerationRequest, LoadConfig, ToolCall, request_from_json
 from workers.store import Claim, Instance, ModelFile, Outcome, Progress
 
 LEASE_SECONDS = 15
@@ -123,7 +125,7 @@ class DjangoStore:
             if row is None:
                 self._refuse_without_model(generation_id)
                 return None
-        return _claim(dict(zip(_CLAIM_COLUMNS, row, strict=True)))
+            return _claim(dict(zip(_CLAIM_COLUMNS, row, strict=True)))
 
     def save(self, progress: list[Progress]) -> tuple[set[str], set[str]]:
         """Save all partial texts of a second, and the leases with them, in one statement."""
@@ -198,7 +200,7 @@ class DjangoStore:
                 jit=True,
                 ttl_seconds=ttl_seconds,
             )
-        return _instance(row, model)
+            return _instance(row, model)
 
     def restore_instance(self, instance: Instance) -> Instance:
         """Make a row like this one under its old name."""
@@ -213,20 +215,21 @@ class DjangoStore:
                 jit=instance.is_jit,
                 ttl_seconds=instance.ttl_seconds,
             )
-        return _instance(row, instance.model)
+            return _instance(row, instance.model)
 
     def get_instance(self, instance_id: int) -> Instance | None:
         """Return a row that waits for its load on this node."""
         with _brief(durable=False):
             row = ModelInstance.objects.select_related("model").filter(pk=instance_id, node_id=self.node_name).first()
-        if row is None or row.status != ModelInstance.Status.LOADING:
-            return None
-        return _instance(row, _model_file(row.model))
+            if row is None or row.status != ModelInstance.Status.LOADING:
+                return None
+            return _instance(row, _model_file(row.model))
 
     def memory_estimate(self, instance: Instance) -> MemoryEstimate:
         """Return what loading this takes."""
         with _brief(durable=False):
-            return estimate_model(InstalledModel.objects.get(pk=instance.model.id), instance.config)
+            found = estimate_model(InstalledModel.objects.get(pk=instance.model.id), instance.config)
+        return found if instance.draft is None else dataclasses.replace(found, draft_bytes=instance.draft.needed_bytes)
 
     def pinned(self) -> set[int]:
         """Return the rows that must stay."""
@@ -314,12 +317,22 @@ def _claim(row: dict[str, Any]) -> Claim:
         tool_calls=msgspec.json.decode(row["tool_calls"], type=list[ToolCall]),
         output_tokens=row["output_tokens"],
         cancelled=row["cancel_requested"],
+        draft=draft_file(request.draft_model) if isinstance(request, GenerationRequest) else None,
     )
 
 
 def _instance(row: ModelInstance, model: ModelFile) -> Instance:
     config = msgspec.convert(row.config, LoadConfig)
-    return Instance(row.pk, row.identifier, model, config, ttl_seconds=row.ttl_seconds, is_jit=row.jit, replaces=tuple(row.replaces))
+    return Instance(
+        row.pk,
+        row.identifier,
+        model,
+        config,
+        ttl_seconds=row.ttl_seconds,
+        is_jit=row.jit,
+        replaces=tuple(row.replaces),
+        draft=draft_file(config.draft_model),
+    )
 
 
 def _model_file(model: InstalledModel) -> ModelFile:

@@ -163,7 +163,9 @@ class Error(Event, tag="error"):
 class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Token counts and timings of one generation, named as in LM Studio's REST v1; times in seconds.
 
-    Ours alone: ``reasoning_time_seconds`` from the first token to the last of reasoning, and ``dropped_messages`` that did not fit.
+    The counts of draft tokens are there if tokens were guessed ahead: total = accepted + rejected + ignored (guessed after a rejected
+    one); ``draft_model`` is the key of the model that guessed, None for lookups in the text. Ours alone: ``reasoning_time_seconds``
+    from the first token to the last of reasoning, and ``dropped_messages`` that did not fit.
     """
 
     input_tokens: int = 0
@@ -177,6 +179,11 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     model_load_time_seconds: float | None = None
     stop_reason: str = ""
     dropped_messages: int = 0
+    draft_model: str | None = None
+    total_draft_tokens_count: int | None = None
+    accepted_draft_tokens_count: int | None = None
+    rejected_draft_tokens_count: int | None = None
+    ignored_draft_tokens_count: int | None = None
 
 
 class OutputItem(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

@@ -30,8 +30,8 @@ from workers.protocol import Embed, Loaded, LoadFailed, LoadProgress, Output, Ru
 from workers.relay import ENTRY_SECONDS, Live, StreamWriter, end_events, interrupted
 from workers.runner_process import RunnerProcess
 from workers.runners import TURN_PER_LOAD, Policy, Runners
-from workers.schemas import EmbeddingRequest
-from workers.store import Instance, Outcome, Progress, Store
+from workers.schemas import EmbeddingRequest, GenerationRequest
+from workers.store import Claim, Instance, Outcome, Progress, Store
 
 logger = logging.getLogger(__name__)
 
@@ -189,10 +189,20 @@ class Host:
         if isinstance(claim.request, EmbeddingRequest):
             runner.submit(Embed(generation_id=live.id, request=claim.request, owner=claim.owner))
         else:
-            template = claim.model.chat_template
-            runner.submit(
-                Submit(generation_id=live.id, request=claim.request, owner=claim.owner, output_tokens=tokens, chat_template=template)
-            )
+            self._submit_chat(runner, claim, tokens)
+
+    def _submit_chat(self, runner: RunnerProcess, claim: Claim, tokens: list[int]) -> None:
+        assert isinstance(claim.request, GenerationRequest)
+        draft = claim.draft if claim.draft and self.runners.has_room_for_draft(runner, claim.draft) else None
+        message = Submit(
+            generation_id=claim.id,
+            request=claim.request,
+            owner=claim.owner,
+            output_tokens=tokens,
+            chat_template=claim.model.chat_template,
+            draft_path=draft.path if draft else "",
+        )
+        runner.submit(message)
 
     # --- what runners say ----------------------------------------------------------------------------------------------
 

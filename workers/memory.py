@@ -24,6 +24,8 @@ RUNTIME_BYTES = 55 * 1024 * 1024
 #: Floats of intermediate results per token of a batch, in multiples of the model's width (its feed-forward layer is about four times as wide).
 COMPUTE_WIDTHS = 14
 EMBEDDING_BATCH_TOKENS = 256
+#: Rows of logits that a model has at least, so that a single sequence can have guesses checked.
+GUESS_ROWS = 9
 
 
 class Guardrail(StrEnum):
@@ -61,19 +63,23 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of host memory. ``measured_bytes`` is what an earlier load of this configuration really took, if there was one."""
+    """Bytes of host memory. ``measured_bytes`` is what an earlier load of this configuration really took, if there was one.
+
+    ``draft_bytes`` is what the draft model takes, if there is one.
+    """
 
     weights_bytes: int
     repacked_bytes: int
     kv_bytes: int
     compute_bytes: int
     measured_bytes: int | None = None
+    draft_bytes: int = 0
 
     @property
     def needed_bytes(self) -> int:
         """Return all of it. A measured size lacks the compute buffers, which are touched by the first requests only."""
         loaded = self.measured_bytes or RUNTIME_BYTES + self.weights_bytes + self.repacked_bytes + self.kv_bytes
-        return loaded + self.compute_bytes
+        return loaded + self.compute_bytes + self.draft_bytes
 
 
 def kv_bytes_per_token(layers: int, width: int, heads: int, heads_kv: int) -> int:
@@ -88,6 +94,11 @@ def kv_cells(context_length: int, parallel: int, bytes_per_token: int) -> int:
     return -(-cells // 256) * 256
 
 
+def logits_rows(config: LoadConfig) -> int:
+    """Return for how many tokens of a step a language model computes logits: each sequence's last, or a few guesses of one."""
+    return max(config.parallel, GUESS_ROWS)
+
+
 def estimate(shape: ModelShape, config: LoadConfig, *, measured_bytes: int | None = None) -> MemoryEstimate:
     """Return what a load takes. ``config.context_length`` None is the model's own."""
     if shape.is_embedding:
@@ -96,7 +107,7 @@ def estimate(shape: ModelShape, config: LoadConfig, *, measured_bytes: int | Non
         context = min(config.context_length or shape.trained_context, shape.trained_context)
         cell_bytes = kv_bytes_per_token(shape.layers, shape.width, shape.heads, shape.heads_kv)
         cells = kv_cells(context, config.parallel, cell_bytes)
-        batch, outputs = max(config.eval_batch_size, config.parallel), config.parallel
+        batch, outputs = max(config.eval_batch_size, config.parallel), logits_rows(config)
     return MemoryEstimate(
         weights_bytes=shape.file_bytes,
         repacked_bytes=shape.repacked_bytes,

@@ -27,11 +27,12 @@ class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only
 
 
 class Load(Message):
-    """The first message: load this file with this engine."""
+    """The first message: load this file with this engine, and the file of ``config.draft_model`` from ``draft_path``."""
 
     engine: str
     path: str
     config: LoadConfig
+    draft_path: str = ""
     step_log: str = ""
 
 
@@ -39,7 +40,7 @@ class Submit(Message):
     """Start a generation. ``output_tokens`` continues an interrupted one: they are prefilled after the prompt, not sent again.
 
     ``owner`` tags the KV cache: private prefixes are shared only within one owner. ``chat_template`` takes the place of the one in
-    the model's file, for this request.
+    the model's file, for this request. ``draft_path`` is the file of ``request.draft_model``; empty if that is gone.
     """
 
     generation_id: str
@@ -47,6 +48,7 @@ class Submit(Message):
     owner: str
     output_tokens: list[int] = []
     chat_template: str = ""
+    draft_path: str = ""
 
 
 class Embed(Message):

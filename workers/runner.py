@@ -77,6 +77,9 @@ class Job:
         first = self.first_token_at or now
         new_tokens = len(sequence.output) - self.resumed_tokens
         decode_seconds = now - first
+        drafts = sequence.drafts
+        total = drafts.accepted + drafts.rejected + drafts.ignored
+        guessed = total > 0 or bool(sequence.draft)
         return Stats(
             input_tokens=len(sequence.prompt),
             total_output_tokens=len(sequence.output),
@@ -88,14 +91,21 @@ class Job:
             generation_time_seconds=round(now - sequence.submitted_at, 6),
             stop_reason=stop_reason,
             dropped_messages=self.dropped_messages,
+            draft_model=sequence.draft or None,
+            total_draft_tokens_count=total if guessed else None,
+            accepted_draft_tokens_count=drafts.accepted if guessed else None,
+            rejected_draft_tokens_count=drafts.rejected if guessed else None,
+            ignored_draft_tokens_count=drafts.ignored if guessed else None,
         )
 
 
 class Runner:
     """Owns the engine and the jobs. ``send`` delivers a message to the host."""
 
-    def __init__(self, engine: Engine, step_log: StepLog) -> None:
+    def __init__(self, engine: Engine, step_log: StepLog, *, draft: tuple[str, str] = ("", "")) -> None:
+        """Serve this engine; ``draft`` is the key and the path of the draft model for requests that name none."""
         self.engine = engine
+        self._draft = draft
         self.jobs: dict[str, Job] = {}
         self._prompter = lru_cache(maxsize=8)(self._make_prompter)
         self._shared_prefix = lru_cache(maxsize=256)(self._render_shared_prefix)
@@ -215,6 +225,7 @@ class Runner:
             output=list(message.output_tokens),
             constraint=constraint,
             top_logprobs=request.top_logprobs,
+            draft=self._use_draft(message),
         )
         return Job(
             sequence,
@@ -233,6 +244,12 @@ class Runner:
             raise InvalidRequest(f"'logit_bias' names token {wrong[0]}; this model's tokens are 0 to {size - 1}.", param="logit_bias")
         if any(not 0 <= token < size for token in message.output_tokens):
             raise GenerationInterrupted("The answer was begun by another model under this name and cannot be continued. Its text is kept.")
+
+    def _use_draft(self, message: Submit) -> str:
+        """Return the key of the draft model that guesses for this request, empty for none. Raises ``InvalidRequest`` for a wrong one."""
+        wanted = message.request.draft_model
+        key, path = self._draft if wanted is None else (wanted, message.draft_path)
+        return key if path and self.engine.use_draft(key, path) else ""
 
     def _fit(self, prompter: Prompter, request: GenerationRequest) -> tuple[list[ChatMessage], str, list[int]]:
         """Return the messages that the model gets, with their prompt as text and tokens; too long only if nothing may be left out."""
@@ -399,7 +416,7 @@ class StepLog:
         self._flushed_at = 0.0
 
     def write(self, result: StepResult) -> None:
-        """Note a step: how many sequences decoded, how many prompt tokens were computed, and the time in ms."""
+        """Note a step: how many sequences decoded, how many prompt tokens were computed, how many were guessed, and the time in ms."""
         if self._file is None or self._path is None or not (result.decode_sequences or result.prefill_tokens):
             return
         self._step += 1
@@ -408,6 +425,7 @@ class StepLog:
             "decode": result.decode_sequences,
             "prefill": result.prefill_tokens,
             "ms": round(result.seconds * 1e3, 3),
+            **({"guessed": result.guessed_tokens} if result.guessed_tokens else {}),
         }
         self._file.write(json.dumps(record) + "\n")
         now = time.monotonic()
@@ -437,6 +455,8 @@ def load(channel: Channel, message: Load) -> Engine:
 
     started = time.perf_counter()
     engine = registry.factory(message.engine)(message.path, message.config, on_progress)
+    if message.draft_path:
+        engine.use_draft(message.config.draft_model, message.draft_path)
     info = engine.info
     channel.send(
         Loaded(
@@ -497,7 +517,7 @@ def main() -> int:
         step_log = StepLog(message.step_log)
         try:
             engine = load(channel, message)
-            runner = Runner(engine, step_log)
+            runner = Runner(engine, step_log, draft=(message.config.draft_model, message.draft_path))
         except LmwebError as error:
             channel.send(LoadFailed(error=ErrorInfo(code=ModelLoadFailed.code, message=error.message)))
             return 1

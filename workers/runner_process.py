@@ -62,6 +62,7 @@ class RunnerProcess:
         self.ttl_seconds: int | None = None
         self.turn_until = math.inf
         self.replaced: list[Instance] = []
+        self.draft = instance.draft.key if instance.draft else ""
         self.waiting: list[Live] = []
         self.running: dict[str, Live] = {}
         self._on_message, self._on_idle, self._on_exit = on_message, on_idle, on_exit
@@ -82,7 +83,10 @@ class RunnerProcess:
                 stderr=log,
             )
         steps = str(logs / f"steps-{name}.jsonl") if step_log else ""
-        load = Load(engine=FORMATS[instance.model.format], path=instance.model.path, config=instance.config, step_log=steps)
+        draft_path = instance.draft.path if instance.draft else ""
+        load = Load(
+            engine=FORMATS[instance.model.format], path=instance.model.path, config=instance.config, draft_path=draft_path, step_log=steps
+        )
         threading.Thread(target=self._read, args=(load,), name=f"runner-{instance.id}", daemon=True).start()
 
     @property

@@ -25,7 +25,7 @@ from workers.memory import Guardrail, Resident, choose_leavers, has_gpu_build, m
 from workers.protocol import RunnerMessage
 from workers.relay import Live
 from workers.runner_process import RunnerProcess
-from workers.store import Instance, ModelFile, Store
+from workers.store import DraftFile, Instance, ModelFile, Store
 
 logger = logging.getLogger(__name__)
 
@@ -421,6 +421,17 @@ class Runners:
             free = min(free, self.policy.limit_bytes - sum(max(now, needed) for now, needed in used))
             total = min(total, self.policy.limit_bytes)
         return free, total
+
+    def has_room_for_draft(self, runner: RunnerProcess, draft: DraftFile) -> bool:
+        """Whether a runner may load this draft model (or has it): a request that names one goes on without it rather than fail."""
+        if runner.draft == draft.key:
+            return True
+        free, total = self._free_memory()
+        if not self.policy.is_unlimited and draft.needed_bytes > free - reserve(self.policy.guardrail, total):
+            logger.warning("no memory for the draft model %s beside %s", draft.key, runner.identifier)
+            return False
+        runner.draft = draft.key
+        return True
 
     # --- telling -------------------------------------------------------------------------------------------------------
 

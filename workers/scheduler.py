@@ -114,6 +114,11 @@ class Scheduler:
         """Whether anything waits or runs."""
         return bool(self.waiting) or any(slot.sequence is not None for slot in self.slots)
 
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Return everything that waits or runs."""
+        return self.waiting + self._running_sequences()
+
     def find(self, sequence_id: str) -> Slot | None:
         """Return the slot that runs this sequence."""
         return next((slot for slot in self.running if slot.sequence and slot.sequence.id == sequence_id), None)

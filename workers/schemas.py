@@ -128,6 +128,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only
     says how much the model is to think, in LM Studio's words, ``template_kwargs`` sets variables of the chat template by name.
     ``ttl_seconds`` is how long the model stays without use if this request loads it. ``given`` names the sampling parameters that
     the caller set: the others take the model's defaults where generations start.
+    ``draft_model`` is the key of a model that guesses ahead: None takes that of the load, empty means none.
     """
 
     model: Annotated[str, Meta(min_length=1, max_length=512)]
@@ -143,6 +144,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     lane: Lane = Lane.API
     ttl_seconds: TtlSeconds | None = None
+    draft_model: Annotated[str, Meta(max_length=512)] | None = None
     given: frozenset[str] = frozenset()
 
 
@@ -172,6 +174,8 @@ class LoadConfig(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     ``cpu_threads`` 0 means the installation's default. ``num_experts`` is how many experts of a mixture work on a token; None is
     the model's own number. ``k_cache_type`` and ``v_cache_type`` are the precisions of keys and values; values below 16 bits need
     ``flash_attention``. ``offload_kv_cache_to_gpu`` has no effect without a GPU.
+    ``draft_model`` is the key of a smaller model with the same vocabulary that
+    guesses ahead; ``prompt_lookup`` takes guesses from the text so far. Guesses change how fast an answer comes, never what it says.
     """
 
     context_length: Annotated[int, Meta(ge=16, le=16_777_216)] | None = None
@@ -184,6 +188,8 @@ class LoadConfig(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     offload_kv_cache_to_gpu: bool = True
     k_cache_type: KvCacheType = "f16"
     v_cache_type: KvCacheType = "f16"
+    draft_model: Annotated[str, Meta(max_length=512)] = ""
+    prompt_lookup: bool = False
 
 
 def request_to_builtins(request: AnyRequest) -> dict[str, Any]:

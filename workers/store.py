@@ -25,8 +25,17 @@ class ModelFile:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftFile:
+    """A model that is to guess ahead for another: key, absolute path, and the memory it takes beside that one in bytes."""
+
+    key: str
+    path: str
+    needed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
-    """A row of a model in memory (or about to be): which file, and how it is to be loaded.
+    """A row of a model in memory (or about to be): which file, how it is to be loaded, and with which draft model.
 
     ``ttl_seconds`` is how long it stays without use, None for ever. ``is_jit`` says that a request loads it, not a person.
     ``replaces`` are the rows that the person agreed to have unloaded for it.
@@ -39,6 +48,7 @@ class Instance:
     ttl_seconds: int | None = None
     is_jit: bool = False
     replaces: tuple[int, ...] = ()
+    draft: DraftFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,7 @@ class Claim:
     tool_calls: list[ToolCall] = field(default_factory=list)
     output_tokens: list[int] = field(default_factory=list)
     cancelled: bool = False
+    draft: DraftFile | None = None
 
 
 @dataclass(frozen=True, slots=True)

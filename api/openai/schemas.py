@@ -96,7 +96,7 @@ class ResponseFormat(msgspec.Struct, frozen=True):
 class ChatCompletionRequest(msgspec.Struct, frozen=True):
     """The body of ``POST /v1/chat/completions``. None stands for "not given" everywhere, as in OpenAI's own schema.
 
-    ``top_k``, ``min_p``, ``repeat_penalty``, ``ignore_eos``, ``chat_template_kwargs``, ``guided_regex``, ``guided_grammar`` and
+    ``top_k``, ``min_p``, ``repeat_penalty``, ``ignore_eos``, ``draft_model``, ``chat_template_kwargs``, ``guided_regex``, ``guided_grammar`` and
     ``grammar`` are not OpenAI's; LM Studio, llama.cpp and vLLM read them.
     """
 
@@ -119,6 +119,7 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True):
     ignore_eos: bool | None = None
     chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
 
+    draft_model: str | None = None
     n: int | None = None
     tools: list[ToolParam] | None = None
     tool_choice: str | ToolChoice | None = None
@@ -201,6 +202,17 @@ class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
     refusal: None = None
 
 
+class DraftStats(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens that were guessed ahead did, as LM Studio reports it; of the first choice."""
+
+    tokens_per_second: float
+    draft_model: str | None
+    total_draft_tokens_count: int
+    accepted_draft_tokens_count: int
+    rejected_draft_tokens_count: int
+    ignored_draft_tokens_count: int
+
+
 class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     """What one choice adds with a chunk."""
 
@@ -211,7 +223,10 @@ class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
-    """One event of a stream. ``usage`` is there (null but in the last one) only if the client asked for it."""
+    """One event of a stream. ``usage`` is there (null but in the last one) only if the client asked for it.
+
+    ``stats`` is there at the end of a choice for which tokens were guessed ahead.
+    """
 
     id: str
     object: str = "chat.completion.chunk"
@@ -219,6 +234,7 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    stats: DraftStats | UnsetType = UNSET
 
 
 class AnswerToolCall(msgspec.Struct, frozen=True, kw_only=True):
@@ -257,6 +273,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[Choice]
     usage: Usage
+    stats: DraftStats | UnsetType = UNSET
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from api.openai.schemas import (
     Completion,
     CompletionTokensDetails,
     Delta,
+    DraftStats,
     ErrorBody,
     ErrorResponse,
     FinishReason,
@@ -109,6 +110,7 @@ def to_generation_request(request: ChatCompletionRequest) -> GenerationRequest:
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "top_logprobs": structured.top_logprobs(request),
         "lane": _lane(request),
+        "draft_model": request.draft_model,
     }
     try:
         return msgspec.convert(data, GenerationRequest)
@@ -257,6 +259,20 @@ def usage(stats: Sequence[Stats]) -> Usage:
     )
 
 
+def draft_stats(stats: Stats) -> DraftStats | msgspec.UnsetType:
+    """Return how guessed tokens did, if there could be any."""
+    if stats.total_draft_tokens_count is None:
+        return msgspec.UNSET
+    return DraftStats(
+        tokens_per_second=stats.tokens_per_second,
+        draft_model=stats.draft_model,
+        total_draft_tokens_count=stats.total_draft_tokens_count,
+        accepted_draft_tokens_count=stats.accepted_draft_tokens_count or 0,
+        rejected_draft_tokens_count=stats.rejected_draft_tokens_count or 0,
+        ignored_draft_tokens_count=stats.ignored_draft_tokens_count or 0,
+    )
+
+
 def error_of(info: ErrorInfo) -> LmwebError:
     """Rebuild the error that an event carries."""
     return error_class(info.code)(info.message, param=info.param, details=info.details)
@@ -290,6 +306,7 @@ def completion(generation_id: uuid.UUID, model: str, answers: Sequence[Answer]) 
         model=model,
         choices=[_choice(index, answer) for index, answer in enumerate(answers)],
         usage=usage([answer.end.result.stats for answer in answers]),
+        stats=draft_stats(answers[0].end.result.stats),
     )
 
 
@@ -407,7 +424,7 @@ class ChunkTranslator:
     def _end(self, index: int, stats: Stats) -> Iterator[Chunk]:
         self._choices[index].stats = stats
         yield from self._begin(index)
-        yield self._chunk(index, Delta(), finish_reason(stats))
+        yield msgspec.structs.replace(self._chunk(index, Delta(), finish_reason(stats)), stats=draft_stats(stats))
         ends = [sent.stats for sent in self._choices if sent.stats is not None]
         if self._include_usage and self.is_complete:
             yield Chunk(id=self._id, created=self._created, model=self._model, choices=[], usage=usage(ends))

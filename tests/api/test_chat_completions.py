@@ -437,3 +437,27 @@ async def test_wrong_methods_and_unknown_routes(token: str) -> None:
         answer = await call(method, path, token=token)
         assert (answer.status, method, path) == (status, method, path)
         answer.error()
+
+
+async def test_a_draft_model_is_passed_on_and_its_counts_come_back(token: str) -> None:
+    counts = {"total_draft_tokens_count": 3, "accepted_draft_tokens_count": 2, "rejected_draft_tokens_count": 1}
+    request = begin(token, max_tokens=5, draft_model="")
+    worker = await hand()
+    await run_db(worker.say, "Hello")
+    await run_db(
+        worker.end, output=[OutputItem(type="message", content="Hello")], draft_model="acme/small", ignored_draft_tokens_count=0, **counts
+    )
+    body = (await request.done()).json()
+    assert body["stats"] == {"tokens_per_second": 0.0, "draft_model": "acme/small", "ignored_draft_tokens_count": 0, **counts}
+    refused = await begin(token, draft_model="acme/nothing").done()
+    assert refused.status == 404
+    assert refused.json()["error"]["param"] == "draft_model"
+
+
+async def test_a_stream_ends_with_the_counts_of_the_draft_model(token: str) -> None:
+    request = begin(token, stream=True)
+    worker = await hand()
+    await run_db(worker.say, "Hello")
+    await run_db(worker.end, total_draft_tokens_count=3, accepted_draft_tokens_count=3)
+    chunks = [chunk for chunk in (await request.done()).chunks() if isinstance(chunk, dict)]
+    assert [chunk["stats"]["accepted_draft_tokens_count"] for chunk in chunks if "stats" in chunk] == [3]

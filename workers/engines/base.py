@@ -19,6 +19,16 @@ from workers.schemas import LoadConfig, SamplingParams
 
 
 @dataclass(slots=True)
+class DraftCounts:
+    """Guessed tokens by what became of them; ``ignored`` were not looked at. ``by_draft``: a draft model made some."""
+
+    accepted: int = 0
+    rejected: int = 0
+    ignored: int = 0
+    by_draft: bool = False
+
+
+@dataclass(slots=True)
 class Sequence:
     """One generation inside an engine. Token ids only; times are ``time.perf_counter`` seconds.
 
@@ -33,7 +43,9 @@ class Sequence:
         output: tokens sampled so far, also those of an interrupted earlier run.
         constraint: what the answer must look like, if anything.
         top_logprobs: how many alternatives to report per token; None reports nothing.
+        draft: the key of the draft model that is to guess ahead, if any.
         cached: prompt tokens that came out of a cache.
+        drafts: how guesses at its tokens did.
     """
 
     id: str
@@ -46,7 +58,9 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     constraint: Constraint | None = None
     top_logprobs: int | None = None
+    draft: str = ""
     cached: int = 0
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     submitted_at: float = field(default_factory=time.perf_counter)
 
     @property
@@ -92,6 +106,7 @@ class StepResult:
     failed: list[tuple[Sequence, str]] = field(default_factory=list)
     decode_sequences: int = 0
     prefill_tokens: int = 0
+    guessed_tokens: int = 0
     seconds: float = 0.0
 
 
@@ -140,6 +155,12 @@ class Engine(Protocol):
 
     def constraints(self) -> ConstraintFactory:
         """Return what makes constraints over the vocabulary."""
+
+    def use_draft(self, key: str, path: str) -> bool:
+        """Have this draft model in memory; False if another one is in use, so that there will be no guesses for now.
+
+        Raises ``ModelLoadFailed``, or ``InvalidRequest`` with the reason if its vocabulary is another one.
+        """
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. It is admitted, perhaps after others, in one of the next steps."""

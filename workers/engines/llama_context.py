@@ -180,6 +180,16 @@ class KvCache:
     on_gpu: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class ContextSize:
+    """How much a context holds: ``cells`` (tokens) in ``parallel`` sequences, ``batch_tokens`` per step, ``outputs`` of them with a result."""
+
+    cells: int
+    parallel: int
+    batch_tokens: int
+    outputs: int
+
+
 class Context:
     """The KV cache and compute state over a model, with its own batch arrays (pointers set once, filled through numpy)."""
 
@@ -187,9 +197,7 @@ class Context:
         self,
         model: Model,
         *,
-        cells: int,
-        parallel: int,
-        batch_tokens: int,
+        size: ContextSize,
         threads: int,
         flash_attention: bool | None,
         pooling: int | None = None,
@@ -200,9 +208,9 @@ class Context:
         Raises ``ModelLoadFailed``, usually for lack of memory.
         """
         params = C.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = cells, parallel
-        params.n_batch = params.n_ubatch = batch_tokens
-        params.n_outputs_max = parallel if pooling is None else batch_tokens
+        params.n_ctx, params.n_seq_max = size.cells, size.parallel
+        params.n_batch = params.n_ubatch = size.batch_tokens
+        params.n_outputs_max = size.outputs
         if pooling is not None:
             params.embeddings, params.pooling_type = True, pooling
         params.n_threads = params.n_threads_batch = threads
@@ -213,14 +221,14 @@ class Context:
         _log.clear()
         self.handle = C.llama_init_from_model(model.handle, params)
         if not self.handle:
-            raise ModelLoadFailed(f"llama.cpp could not create a context of {cells} tokens: {_log.reason()}")
+            raise ModelLoadFailed(f"llama.cpp could not create a context of {size.cells} tokens: {_log.reason()}")
         self._vocab_size, self._width = model.vocab_size, model.width
         self._memory = C.llama_get_memory(self.handle)
-        self.tokens = np.zeros(batch_tokens, np.int32)
-        self.positions = np.zeros(batch_tokens, np.int32)
-        self.sequence_ids = np.zeros(batch_tokens, np.int32)
-        self.outputs = np.zeros(batch_tokens, np.int8)
-        self._batch = self._make_batch(batch_tokens)
+        self.tokens = np.zeros(size.batch_tokens, np.int32)
+        self.positions = np.zeros(size.batch_tokens, np.int32)
+        self.sequence_ids = np.zeros(size.batch_tokens, np.int32)
+        self.outputs = np.zeros(size.batch_tokens, np.int8)
+        self._batch = self._make_batch(size.batch_tokens)
 
     def _make_batch(self, n: int) -> Any:
         self._counts = np.ones(n, np.int32)

@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from lmweb.errors import InvalidRequest
 from workers.constraints import ConstraintFactory
 from workers.engines.base import Engine, EngineInfo, Logprob, Sequence, StepResult, TokenTaker
 from workers.engines.kv_park import MIN_TOKENS, KvPark, Parked
-from workers.engines.llama_context import Context, KvCache, Model
+from workers.engines.llama_context import Context, ContextSize, KvCache, Model
+from workers.engines.llama_draft import DraftModel, load_draft
 from workers.engines.llama_embedding import LlamaEmbedder, LlamaEmbeddingEngine, declared_pooling
 from workers.engines.llama_sampling import TokenSampler, likeliest, log_probabilities
-from workers.memory import kv_cells
+from workers.engines.speculation import Guesses, Speculation
+from workers.memory import kv_cells, logits_rows
 from workers.parsing.harmony import HarmonySplitter
 from workers.parsing.tools.families import VISIBLE
 from workers.scheduler import Admission, Chunk, Scheduler, Slot
@@ -64,7 +67,10 @@ class LlamaEngine:
     info: EngineInfo
     scheduler: Scheduler
     park: KvPark
+    outputs: int
+    speculation: Speculation
     make_embedder: Callable[[], LlamaEmbedder]
+    make_draft: Callable[[str, str], DraftModel]
     _samplers: dict[str, TokenSampler] = field(default_factory=dict)
     _pieces: dict[int, bytes] = field(default_factory=dict)
     _constraints: ConstraintFactory | None = None
@@ -99,6 +105,20 @@ class LlamaEngine:
             self._constraints = ConstraintFactory(self.model.grammar_tokenizer())
         return self._constraints
 
+    def use_draft(self, key: str, path: str) -> bool:
+        """Load a draft model in place of the one that is there, unless that is in use."""
+        present = self.speculation.draft
+        if present is None or present.key != key:
+            if not self.model.can_cut:
+                raise InvalidRequest("This model's kind of memory cannot take back a wrong guess: no draft model.", param="draft_model")
+            if present is not None and any(sequence.draft == present.key for sequence in self.scheduler.sequences):
+                return False
+            self.speculation.draft = None
+            if present is not None:
+                present.close()
+            self.speculation.draft = self.make_draft(key, path)
+        return True
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         self.scheduler.enqueue(sequence)
@@ -113,6 +133,7 @@ class LlamaEngine:
         sampler = self._samplers.pop(sequence_id, None)
         if sampler:
             sampler.close()
+        self.speculation.forget(sequence_id)
 
     @property
     def has_work(self) -> bool:
@@ -126,25 +147,38 @@ class LlamaEngine:
         while self.scheduler.waiting and (admission := self.scheduler.next_admission()) is not None:
             self._admit(admission)
         decoding, chunks = self.scheduler.plan(self._pace.budget())
-        n, outputs = self._fill(decoding, chunks)
+        started = time.perf_counter()
+        guesses = self._guess(decoding, chunks)
+        n, outputs = self._fill(decoding, chunks, guesses)
         if not n:
             return StepResult()
-        started = time.perf_counter()
+        computing = time.perf_counter()
         if self.context.decode(n) == 1:
-            return self._make_room()
-        seconds = time.perf_counter() - started
-        prefill_tokens = n - len(decoding)
-        self._pace.note(seconds, prefill_tokens, len(decoding))
+            return self._make_room(guessed=bool(guesses))
+        now = time.perf_counter()
+        if not chunks:
+            self.speculation.note_step(n, now - computing)
+        result = self._progress(decoding, chunks, sum(len(each.tokens) for each in guesses.values()), now - started)
+        for slot, index in outputs:
+            if slot.id in guesses:
+                self._check(slot, index, guesses[slot.id], take)
+            else:
+                self._sample(slot, index, take)
+        return result
+
+    def _progress(self, decoding: list[Slot], chunks: list[Chunk], guessed: int, seconds: float) -> StepResult:
+        """Note what a step has computed, and what it cost whom."""
+        prefill_tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        if not guessed:
+            self._pace.note(seconds, prefill_tokens, len(decoding))
         for slot in decoding:
             slot.n_kv += 1
-        result = StepResult(decode_sequences=len(decoding), prefill_tokens=prefill_tokens, seconds=seconds)
+        result = StepResult(decode_sequences=len(decoding), prefill_tokens=prefill_tokens, guessed_tokens=guessed, seconds=seconds)
         for chunk in chunks:
             assert chunk.slot.sequence is not None
             chunk.slot.n_kv = chunk.end
             result.prefilled.append((chunk.slot.sequence, min(chunk.end, len(chunk.slot.sequence.prompt))))
         self._charge(decoding, chunks, seconds)
-        for slot, index in outputs:
-            self._sample(slot, index, take)
         return result
 
     def queue(self) -> list[Sequence]:
@@ -157,6 +191,8 @@ class LlamaEngine:
             sampler.close()
         if self._embedder:
             self._embedder.close()
+        if self.speculation.draft:
+            self.speculation.draft.close()
         self.context.close()
         self.model.close()
 
@@ -192,8 +228,14 @@ class LlamaEngine:
         self.context.clear(slot.id)
         self.scheduler.release(slot)
 
-    def _fill(self, decoding: list[Slot], chunks: list[Chunk]) -> tuple[int, list[tuple[Slot, int]]]:
-        """Write the batch arrays; returns the number of entries and where each slot's logits will be."""
+    def _guess(self, decoding: list[Slot], chunks: list[Chunk]) -> dict[int, Guesses]:
+        """Return guesses at what the decoding slots will say, if they are likely to pay."""
+        if chunks or not decoding or not self.speculation.is_on:
+            return {}
+        return self.speculation.plan(decoding, min(self.outputs, self.scheduler.batch_tokens) - len(decoding))
+
+    def _fill(self, decoding: list[Slot], chunks: list[Chunk], guesses: dict[int, Guesses]) -> tuple[int, list[tuple[Slot, int]]]:
+        """Write the batch arrays; returns the number of entries and where each slot's first logits will be."""
         context, n, outputs = self.context, 0, []
         context.outputs[:] = 0
         for slot in decoding:
@@ -201,6 +243,14 @@ class LlamaEngine:
             context.outputs[n] = 1
             outputs.append((slot, n))
             n += 1
+            if slot.id in guesses:
+                tokens = guesses[slot.id].tokens
+                size = len(tokens)
+                context.tokens[n : n + size] = tokens
+                context.positions[n : n + size] = range(slot.n_kv + 1, slot.n_kv + 1 + size)
+                context.sequence_ids[n : n + size] = slot.id
+                context.outputs[n : n + size] = 1
+                n += size
         for chunk in chunks:
             size = chunk.end - chunk.start
             context.tokens[n : n + size] = chunk.slot.tokens[chunk.start : chunk.end]
@@ -224,6 +274,24 @@ class LlamaEngine:
         report = None if before is None else Logprob(token, float(before[token]), likeliest(before, sequence.top_logprobs or 0))
         return take(sequence, token, report)
 
+    def _check(self, slot: Slot, index: int, guesses: Guesses, take: TokenTaker) -> None:
+        """Choose the slot's next tokens for as long as they are those that were guessed, and one more."""
+        sequence, accepted, mismatch = slot.sequence, 0, False
+        assert sequence is not None
+        for guess in guesses.tokens:
+            goes_on = self._sample(slot, index + accepted, take)
+            mismatch = slot.tokens[-1] != guess
+            if mismatch:
+                break
+            accepted += 1
+            if not goes_on:
+                break
+            slot.n_kv += 1
+        else:
+            self._sample(slot, index + accepted, take)
+        self.context.cut(slot.id, slot.n_kv)
+        self.speculation.note(sequence, guesses, accepted, mismatch=mismatch)
+
     def _preempt(self, slot: Slot) -> None:
         """Park a running sequence and let it wait; it goes on where it was."""
         sequence = slot.sequence
@@ -242,9 +310,12 @@ class LlamaEngine:
             if slot.sequence:
                 self.scheduler.fair.charge(slot.sequence.owner, (seconds - prompt_seconds) / len(decoding))
 
-    def _make_room(self) -> StepResult:
-        """Handle a full KV cache: the youngest sequence is parked and waits at the front; a lone one fails."""
+    def _make_room(self, *, guessed: bool) -> StepResult:
+        """Handle a full KV cache: without guesses there may be room; else the youngest sequence is parked and waits; a lone one fails."""
         result = StepResult()
+        if guessed:
+            self.speculation.skip_next()
+            return result
         victim = self.scheduler.preempt()
         if victim is not None:
             self._preempt(victim)
@@ -265,15 +336,24 @@ def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) ->
     def make_embedder() -> LlamaEmbedder:
         return LlamaEmbedder(model, limit=context_length, threads=threads, flash_attention=config.flash_attention, on_gpu=on_gpu)
 
+    def make_draft(key: str, file: str) -> DraftModel:
+        return load_draft(
+            key,
+            file,
+            model,
+            cells=context_length,
+            threads=threads,
+            gpu_layers=config.gpu_layers,
+            flash_attention=config.flash_attention,
+        )
+
     if declared_pooling(model) is not None:
         return _embedding_engine(model, make_embedder(), config)
     cells = kv_cells(context_length, config.parallel, model.kv_bytes_per_token())
     batch_tokens = max(config.eval_batch_size, config.parallel)
     context = Context(
         model,
-        cells=cells,
-        parallel=config.parallel,
-        batch_tokens=batch_tokens,
+        size=ContextSize(cells, config.parallel, batch_tokens, outputs=logits_rows(config)),
         threads=threads,
         flash_attention=config.flash_attention,
         kv=KvCache(config.k_cache_type, config.v_cache_type, config.offload_kv_cache_to_gpu),
@@ -293,7 +373,8 @@ def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) ->
         eos_text=model.token_text(C.llama_vocab_eos(model.vocab)),
     )
     scheduler = Scheduler(slots=config.parallel, cells=cells, batch_tokens=batch_tokens, can_share=model.can_cut)
-    return LlamaEngine(model, context, info, scheduler, KvPark(_park_bytes()), make_embedder)
+    speculation = Speculation(lookup=config.prompt_lookup and model.can_cut)
+    return LlamaEngine(model, context, info, scheduler, KvPark(_park_bytes()), logits_rows(config), speculation, make_embedder, make_draft)
 
 
 def _embedding_engine(model: Model, embedder: LlamaEmbedder, config: LoadConfig) -> LlamaEmbeddingEngine:

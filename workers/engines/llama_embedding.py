@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lmweb.errors import InvalidRequest, ModelLoadFailed
 from workers.constraints import ConstraintFactory
 from workers.engines.base import EngineInfo, Sequence, StepResult, TokenTaker
-from workers.engines.llama_context import Context, Model
+from workers.engines.llama_context import Context, ContextSize, Model
 
 import llama_cpp.llama_cpp as C  # isort: skip
 
@@ -137,11 +137,10 @@ class LlamaEmbedder:
         self._context, self._size = larger, size
 
     def _make_context(self, size: int, pooling: Pooling) -> Context:
+        batch_tokens = self.batch_tokens if pooling is Pooling.NONE else size
         return Context(
             self._model,
-            cells=max(size, 256),
-            parallel=MAX_INPUTS,
-            batch_tokens=self.batch_tokens if pooling is Pooling.NONE else size,
+            size=ContextSize(max(size, 256), MAX_INPUTS, batch_tokens, outputs=batch_tokens),
             threads=self._threads,
             flash_attention=self._flash_attention,
             pooling=pooling,
@@ -200,6 +199,10 @@ class LlamaEmbeddingEngine:
     def queue(self) -> list[Sequence]:
         """Return nothing: nobody waits."""
         return []
+
+    def use_draft(self, key: str, path: str) -> bool:
+        """Refuse: vectors are not guessed."""
+        raise InvalidRequest("A model that makes embeddings has no use for a draft model.", param="draft_model")
 
     def step(self, take: TokenTaker) -> StepResult:
         """Do nothing."""

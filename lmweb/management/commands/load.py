@@ -31,6 +31,8 @@ class Command(ModelCommand):
             "--parallel", type=whole_number(1, 256), metavar="N", default=LoadConfig().parallel, help="answers at the same time"
         )
         parser.add_argument("--gpu", default="auto", metavar="off|max|auto|0-1", help="how much of the model to put on the GPU")
+        parser.add_argument("--draft-model", metavar="KEY", default="", help="a smaller model with the same vocabulary that guesses ahead")
+        parser.add_argument("--prompt-lookup", action="store_true", help="guess ahead from the text itself")
         parser.add_argument("--identifier", help="the name for requests; the model's key without it")
 
     def handle(self, *_: Any, **options: Any) -> None:
@@ -38,7 +40,11 @@ class Command(ModelCommand):
         started = time.monotonic()
         model = find_model(options["model"])
         config = LoadConfig(
-            context_length=options["context_length"], parallel=options["parallel"], gpu_layers=_gpu_layers(options["gpu"], model)
+            context_length=options["context_length"],
+            parallel=options["parallel"],
+            gpu_layers=_gpu_layers(options["gpu"], model),
+            draft_model=options["draft_model"],
+            prompt_lookup=options["prompt_lookup"],
         )
         instance = services.request_load(principal=None, model=model, config=config, identifier=options["identifier"])
         try:
