@@ -98,7 +98,7 @@ class Vocabulary:
         return np.array([kind == NORMAL and word.isascii() and word.isalpha() for word, kind in zip(words, self.types, strict=True)])
 
 
-def write_model(
+def write_model(  # noqa: PLR0913  (every property of the file)
     path: Path,
     shape: Shape,
     vocabulary: Vocabulary,
@@ -108,12 +108,14 @@ def write_model(
     context: int = 32768,
     seed: int = 0,
     chat_template: str | None = CHATML,
+    split_tensors: int = 0,
 ) -> Path:
     """Write the model and return its path. The same arguments always give the same bytes.
 
-    ``architecture`` is ``qwen2`` or ``llama``; ``context`` is in tokens; without ``chat_template`` the file has none.
+    ``architecture`` is ``qwen2`` or ``llama``; ``context`` is in tokens; without ``chat_template`` the file has none;
+    ``split_tensors`` writes parts of so many tensors each.
     """
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_tensors)
     _add_metadata(writer, shape, vocabulary, architecture=architecture, name=name, context=context)
     if chat_template is not None:
         writer.add_chat_template(chat_template)

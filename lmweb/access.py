@@ -24,12 +24,15 @@ class Action(StrEnum):
     LOAD_MODELS = "load_models"
     IMPORT_MODELS = "import_models"
     DELETE_MODELS = "delete_models"
+    DOWNLOAD_MODELS = "download_models"
+    REQUEST_DOWNLOADS = "request_downloads"
+    DECIDE_REQUESTS = "decide_requests"
     CHANGE_TEMPLATES = "change_templates"
     MANAGE_PEOPLE = "manage_people"
     MANAGE_WORKERS = "manage_workers"
 
 
-_MEMBER = {Action.GENERATE, Action.READ_MODELS, Action.LOAD_MODELS, Action.IMPORT_MODELS}
+_MEMBER = {Action.GENERATE, Action.READ_MODELS, Action.LOAD_MODELS, Action.IMPORT_MODELS, Action.REQUEST_DOWNLOADS}
 ROLE_ACTIONS: dict[str, set[Action]] = {
     Role.VIEWER: {Action.READ_MODELS},
     Role.MEMBER: _MEMBER,
@@ -60,7 +63,10 @@ class Principal:
         if not self.user.is_active:
             return False
         role = Role.ADMIN if self.user.is_admin else self.user.role
-        if action not in ROLE_ACTIONS.get(role, set()):
+        actions = ROLE_ACTIONS.get(role, set())
+        if role == Role.MEMBER and self.user.may_download:
+            actions = actions | {Action.DOWNLOAD_MODELS}
+        if action not in actions:
             return False
         return self.token is None or any(action in SCOPE_ACTIONS.get(scope, set()) for scope in self.token.scopes)
 

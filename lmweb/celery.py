@@ -64,9 +64,10 @@ app.conf.update(
     timezone="UTC",
     beat_schedule={
         "reap": {"task": "workers.tasks.reap", "schedule": 2.0, "options": {"expires": 2.0}},
+        "tend-downloads": {"task": "models_app.tasks.tend_downloads", "schedule": 2.0, "options": {"expires": 2.0}},
         "forget-deleted-chats": {"task": "chat.tasks.forget_deleted", "schedule": 60.0, "options": {"expires": 60.0}},
     },
-    imports=("workers.tasks", "chat.tasks"),
+    imports=("workers.tasks", "models_app.tasks", "chat.tasks"),
 )
 
 

@@ -62,6 +62,17 @@ VARIABLES: dict[str, Variable] = {
             "How long a busy model keeps its memory while requests wait for another one; longer turns mean fewer switches.",
         ),
         Variable("LMWEB_MAX_UPLOAD_GB", "200", "Largest model file that may be uploaded in the browser, in gigabytes."),
+        Variable("HF_ENDPOINT", "https://huggingface.co", "The Hugging Face Hub, or a mirror of it, where Discover looks for models."),
+        Variable("HF_TOKEN", "", "Token of the Hub, for models that ask for one."),
+        Variable("HF_HUB_OFFLINE", "false", "Never ask the Hub: Discover says so, and nothing is downloaded."),
+        Variable(
+            "LMWEB_OUTBOUND_HOSTS",
+            "",
+            "Comma-separated hosts in private networks that outgoing requests may reach, besides that of HF_ENDPOINT.",
+        ),
+        Variable("LMWEB_DOWNLOADS_AT_ONCE", "3", "Downloads that run at the same time; more wait."),
+        Variable("LMWEB_DOWNLOADS_PER_PERSON", "2", "Of these, downloads of one person."),
+        Variable("LMWEB_DOWNLOAD_MBIT", "0", "Bandwidth that all downloads of an io worker share, in megabits per second; 0: no limit."),
         Variable(
             "LMWEB_GPU", "", "What llama.cpp is compiled for: cpu, cuda, metal, vulkan or rocm. Empty keeps what is there, at first cpu."
         ),

@@ -85,6 +85,12 @@ class ModelNotLoaded(ModelNotFound):
     code = "model_not_loaded"
 
 
+class JobNotFound(NotFound):
+    """No download of this name is visible to the principal."""
+
+    code = "job_not_found"
+
+
 class Conflict(LmwebError):
     """The object is in a state that does not allow this."""
 
@@ -119,6 +125,42 @@ class ServiceUnavailable(LmwebError):
     """A part of the system (database, Redis, every worker) is not reachable right now."""
 
     code, status, retryable = "service_unavailable", 503, True
+
+
+class OutboundRefused(LmwebError):
+    """A request to another server was not sent, or its answer not followed: its address is not one that may be reached."""
+
+    code, status = "outbound_refused", 502
+
+
+class OutboundFailed(LmwebError):
+    """Another server could not be reached, or its answer did not arrive whole."""
+
+    code, status, retryable = "outbound_failed", 502, True
+
+
+class HubOffline(OutboundFailed):
+    """The installation does not ask the Hub: an admin switched that off."""
+
+    code, retryable = "hub_offline", False
+
+
+class HubBusy(OutboundFailed):
+    """The Hub asks to slow down; ``details`` has ``retry_after_seconds``."""
+
+    code, status = "hub_busy", 503
+
+
+class GatedModel(LmwebError):
+    """The model's owner gives it only to accounts that they have accepted, and the Hub's token here is none of those."""
+
+    code, status = "gated_model", 403
+
+
+class CorruptDownload(LmwebError):
+    """What arrived is not what the Hub announced."""
+
+    code, status = "corrupt_download", 502
 
 
 def error_class(code: str) -> type[LmwebError]:

@@ -37,6 +37,7 @@ class User(AbstractUser):
     """A person of the team."""
 
     role = models.CharField(max_length=16, choices=Role.choices, default=Role.MEMBER)
+    may_download = models.BooleanField(default=False, help_text="Of a member: downloads models without asking. Admins always may.")
 
     objects: ClassVar[UserManager] = UserManager()
 
@@ -51,7 +52,7 @@ class Scope(models.TextChoices):
 
     INFERENCE = "inference", "Generate text and embeddings"
     MODELS_READ = "models:read", "List models"
-    MODELS_MANAGE = "models:manage", "Load, unload, import and delete models"
+    MODELS_MANAGE = "models:manage", "Load, unload, import, download and delete models"
 
 
 def default_scopes() -> list[str]:

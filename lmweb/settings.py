@@ -150,6 +150,13 @@ JIT_TTL_SECONDS = env.number("LMWEB_JIT_TTL_SECONDS")
 AUTO_EVICT = env.text("LMWEB_AUTO_EVICT").lower()
 MODEL_TURN_SECONDS = env.number("LMWEB_MODEL_TURN_SECONDS")
 MAX_UPLOAD_BYTES = env.number("LMWEB_MAX_UPLOAD_GB") * 1000**3
+HF_ENDPOINT = env.text("HF_ENDPOINT").rstrip("/")
+HF_TOKEN = env.text("HF_TOKEN")
+HF_HUB_OFFLINE = env.flag("HF_HUB_OFFLINE")
+OUTBOUND_HOSTS = frozenset(host.lower() for host in env.items("LMWEB_OUTBOUND_HOSTS"))
+DOWNLOADS_AT_ONCE = env.number("LMWEB_DOWNLOADS_AT_ONCE")
+DOWNLOADS_PER_PERSON = env.number("LMWEB_DOWNLOADS_PER_PERSON")
+DOWNLOAD_BYTES_PER_SECOND = env.number("LMWEB_DOWNLOAD_MBIT") * 1_000_000 // 8
 STEP_LOG = env.flag("LMWEB_STEP_LOG")
 
 LOGGING = {
@@ -161,6 +168,7 @@ LOGGING = {
     "loggers": {
         "django.request": {"level": "ERROR"},
         "httpx": {"level": "WARNING"},
+        "httpx2": {"level": "WARNING"},  # its lines hold addresses with signatures
         "axes": {"level": "WARNING"},
         # A line per task would be two per request, on the way to its first token.
         "celery.worker.strategy": {"level": "WARNING"},

@@ -32,6 +32,7 @@ MAX_TEXT_BYTES: Final = 1024 * 1024
 MAX_CONTEXT: Final = 16_777_216
 MAX_LAYERS: Final = 512
 MAX_WIDTH: Final = 1_048_576
+MAX_PARTS: Final = 1000
 
 _WINDOW_BYTES: Final = 1024 * 1024
 
@@ -93,6 +94,7 @@ _KEPT_TEXTS: Final = {
 }  # fmt: skip
 _KEPT_LISTS: Final = (".attention.head_count", ".attention.head_count_kv")
 
+_FIRST_PART = re.compile(r"(?P<stem>.+)-00001-of-(?P<count>[0-9]{5})\.gguf")
 _ARCHITECTURE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _SIZE_LABEL = re.compile(r"[0-9][0-9A-Za-z.x-]{0,31}")
 _EMBEDDING_ARCHITECTURE = re.compile(r"(.+-)?bert(-.+)?|eurobert|t5encoder|gemma-embedding|llama-embed")
@@ -167,12 +169,66 @@ class ModelFile:
 
 
 def read_model(path: Path) -> ModelFile:
-    """Read and check a whole model file. Raises ``InvalidModelFile`` for anything that is not a complete, loadable model."""
+    """Read and check a whole model, given its file or the first of its parts.
+
+    Raises ``InvalidModelFile`` for anything that is not a complete, loadable model.
+    """
+    return read_parts(part_paths(path))
+
+
+def part_paths(path: Path) -> list[Path]:
+    """Return the files of the model that begins with ``path``: itself, or all parts of one that was split."""
+    part = _FIRST_PART.fullmatch(path.name)
+    count = int(part["count"]) if part else 1
+    if part is None or not 1 < count <= MAX_PARTS:
+        return [path]
+    return [path.with_name(f"{part['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+
+
+def read_parts(paths: list[Path]) -> ModelFile:
+    """Read and check a model whose parts, in order, are these files; one file is a whole model. Raises ``InvalidModelFile``."""
+    return describe(*read_headers(paths))
+
+
+def read_headers(paths: list[Path]) -> tuple[Header, int]:
+    """Return the header that a model would have in one file, and the size of all its parts. Raises ``InvalidModelFile``."""
+    headers: list[Header] = []
+    size = 0
+    for path in paths:
+        try:
+            with path.open("rb") as stream:
+                headers.append(read_header(stream))
+                size += os.fstat(stream.fileno()).st_size
+        except OSError as error:
+            what = f"Part {len(headers) + 1} of {len(paths)} of the model" if len(paths) > 1 else "The file"
+            raise InvalidModelFile(f"{what} cannot be read: {error.strerror or error}.") from None
+    return (headers[0] if len(headers) == 1 else _joined(headers)), size
+
+
+def _joined(headers: list[Header]) -> Header:
+    """Return the header that the model would have in one file."""
+    tensors: list[Tensor] = []
+    for number, header in enumerate(headers):
+        if header.metadata.get("split.no") != number or header.metadata.get("split.count") != len(headers):
+            raise InvalidModelFile(f"Part {number + 1} of {len(headers)} of this model is not what its name says.")
+        tensors += header.tensors
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise InvalidModelFile("Two parts of this model hold the same weights.")
+    if headers[0].metadata.get("split.tensors.count", len(tensors)) != len(tensors):
+        raise InvalidModelFile("The parts of this model do not hold all of its weights.")
+    metadata = {key: value for key, value in headers[0].metadata.items() if not key.startswith("split.")}
+    return Header(headers[0].version, metadata, tensors, headers[0].data_start)
+
+
+def check_projector(path: Path) -> None:
+    """Raise ``InvalidModelFile`` unless a file is a vision projector."""
     try:
         with path.open("rb") as stream:
-            return describe(read_header(stream), os.fstat(stream.fileno()).st_size)
+            header = read_header(stream)
     except OSError as error:
         raise InvalidModelFile(f"The file cannot be read: {error.strerror or error}.") from None
+    if header.metadata.get("general.architecture") != "clip" and header.metadata.get("general.type") != "mmproj":
+        raise InvalidModelFile("The file that should be the model's vision projector is something else.")
 
 
 def read_header(stream: BinaryIO) -> Header:
@@ -599,7 +655,7 @@ def _refuse_other_kinds(header: Header, facts: _Facts) -> None:
     parts = header.metadata.get("split.count", 1)
     if isinstance(parts, Array) or not isinstance(parts, int) or parts > 1:
         raise InvalidModelFile(
-            "This is one part of a model that was split over several files. Join them first: llama-gguf-split --merge FIRST-PART OUT.gguf"
+            "This is one part of a model that was split over several files. Import the first one (-00001-of-...) with all others beside it."
         )
     if not header.tensors:
         raise InvalidModelFile("The file has no weights, only a vocabulary.")

@@ -62,9 +62,8 @@ def read_shape(file: Path) -> ModelShape:
 
 
 @lru_cache(maxsize=64)
-def _read_shape(file: Path, _modified: int, size: int) -> ModelShape:
-    with file.open("rb") as stream:
-        header = gguf.read_header(stream)
+def _read_shape(file: Path, _modified: int, _size: int) -> ModelShape:
+    header, size = gguf.read_headers(gguf.part_paths(file))
     model = gguf.describe(header, size)
     head_width = model.embedding_length // max(1, model.head_counts[0])
     width = (model.key_length or head_width) + (model.value_length or head_width)

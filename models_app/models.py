@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import uuid
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,6 +66,36 @@ class InstalledModel(models.Model):
     @property
     def file(self) -> Path:
         """Return the absolute path of the (first) weights file."""
+        return Path(settings.MODELS_DIR) / self.path
+
+
+class ModelFile(models.Model):
+    """One file of a model on disk. A projector may belong to several quantizations of the same model."""
+
+    class Role(models.TextChoices):
+        WEIGHTS = "weights", "Weights"
+        PROJECTOR = "projector", "Vision projector"
+        OTHER = "other", "Configuration and tokenizer"
+
+    model = models.ForeignKey(InstalledModel, on_delete=models.CASCADE, related_name="files")
+    path = models.CharField(max_length=1024, help_text="Relative to the models directory.")
+    role = models.CharField(max_length=16, choices=Role.choices, default=Role.WEIGHTS)
+    size_bytes = models.BigIntegerField()
+    sha256 = models.CharField(max_length=64, blank=True, help_text="As the source announced and the download proved; empty: not known.")
+
+    class Meta:
+        ordering: ClassVar[list[str]] = ["pk"]
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["model", "path"], name="one_row_per_file_of_a_model"),
+        ]
+        indexes: ClassVar[list[models.Index]] = [models.Index(fields=["path"], name="model_file_by_path")]
+
+    def __str__(self) -> str:
+        return self.path
+
+    @property
+    def file(self) -> Path:
+        """Return the absolute path."""
         return Path(settings.MODELS_DIR) / self.path
 
 
@@ -221,3 +252,115 @@ class Generation(models.Model):
             "stats": self.stats,
             "error": {"code": self.error_code, "message": self.error_message} if self.error_code else None,
         }
+
+
+def new_job_id() -> str:
+    """Return the name of a new download, as LM Studio's API shows it."""
+    return f"job_{secrets.token_hex(8)}"
+
+
+class DownloadQuerySet(models.QuerySet["Download"]):
+    """Queries over downloads."""
+
+    def visible_to(self, principal: Principal) -> DownloadQuerySet:
+        """Return what the principal may know of: all downloads for who may know the models, of requests one's own; admins all."""
+        if not principal.may(Action.READ_MODELS):
+            return self.none()
+        if principal.may(Action.DECIDE_REQUESTS):
+            return self
+        return self.exclude(~Q(requested_by=principal.user), status__in=[Download.Status.REQUESTED, Download.Status.DECLINED])
+
+    def unfinished(self) -> DownloadQuerySet:
+        """Return those that still wait, run or pause; requests are not among them."""
+        return self.filter(status__in=Download.UNFINISHED)
+
+    def running(self) -> DownloadQuerySet:
+        """Return those that an io worker has in hand."""
+        return self.filter(status__in=Download.RUNNING)
+
+
+class Download(models.Model):
+    """A model on its way from the Hub: one variant of a repository at one commit, with all its files.
+
+    requested -> queued | declined
+    queued -> downloading -> verifying -> completed
+    downloading, verifying -> queued          (its worker died or was stopped; it goes on from the bytes that are on disk)
+    queued, downloading -> paused -> queued
+    downloading, verifying -> failed -> queued
+    everything unfinished, failed -> cancelled
+
+    Whoever pauses or cancels it changes the row at once; the worker sees within a second that it is not its own any more.
+    """
+
+    class Status(models.TextChoices):
+        REQUESTED = "requested", "Requested"
+        DECLINED = "declined", "Declined"
+        QUEUED = "queued", "Waiting"
+        DOWNLOADING = "downloading", "Downloading"
+        VERIFYING = "verifying", "Verifying"
+        PAUSED = "paused", "Paused"
+        COMPLETED = "completed", "Completed"
+        FAILED = "failed", "Failed"
+        CANCELLED = "cancelled", "Cancelled"
+
+    RUNNING: ClassVar[tuple[str, ...]] = (Status.DOWNLOADING, Status.VERIFYING)
+    UNFINISHED: ClassVar[tuple[str, ...]] = (Status.QUEUED, *RUNNING, Status.PAUSED)
+
+    id = models.CharField(primary_key=True, max_length=32, default=new_job_id, editable=False)
+    repo = models.CharField(max_length=200, help_text="publisher/name on the Hub.")
+    revision = models.CharField(max_length=40)
+    label = models.CharField(max_length=120, help_text="The quantization.")
+    format = models.CharField(max_length=16)
+    files = models.JSONField(help_text="Of models_app.hub.RemoteFile, the weights first.")
+    fingerprint = models.CharField(
+        max_length=64, help_text="SHA-256 of what is downloaded: two rows with the same one are the same download."
+    )
+    status = models.CharField(max_length=16, choices=Status.choices, default=Status.QUEUED)
+
+    total_bytes = models.BigIntegerField()
+    done_bytes = models.BigIntegerField(default=0, help_text="Of the present phase: on disk while downloading, read while verifying.")
+    bytes_per_second = models.FloatField(default=0.0)
+    fetched_bytes = models.BigIntegerField(default=0, help_text="Everything that came over the network, also what came twice.")
+    note = models.CharField(max_length=300, blank=True, help_text="Why nothing moves at the moment.")
+    error_code = models.CharField(max_length=64, blank=True)
+    error_message = models.TextField(blank=True)
+
+    requested_by = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="downloads")
+    people = models.ManyToManyField(User, related_name="joined_downloads", help_text="Everybody who asked for it.")
+    decided_by = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="+")
+    reason = models.CharField(max_length=500, blank=True, help_text="Why a request was declined, in the words of who did.")
+    model = models.ForeignKey(InstalledModel, null=True, on_delete=models.SET_NULL, related_name="+")
+
+    node = models.CharField(max_length=100, blank=True)
+    incarnation = models.UUIDField(null=True)
+    lease_until = models.DateTimeField(null=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+    started_at = models.DateTimeField(null=True)
+    finished_at = models.DateTimeField(null=True)
+
+    objects: ClassVar[DownloadQuerySet] = DownloadQuerySet.as_manager()  # type: ignore[assignment]
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(
+                fields=["fingerprint"],
+                name="one_download_of_the_same",
+                condition=Q(status__in=["requested", "queued", "downloading", "verifying", "paused"]),
+            ),
+        ]
+        indexes: ClassVar[list[models.Index]] = [models.Index(fields=["status", "-created_at"], name="download_by_status")]
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.repo} {self.label} {self.status}"
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether it still waits, runs or pauses."""
+        return self.status in self.UNFINISHED
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Return the time until all bytes are there at the present speed; None if nothing moves."""
+        if self.status not in self.RUNNING or self.bytes_per_second < 1:
+            return None
+        return max(0, self.total_bytes - self.done_bytes) / self.bytes_per_second

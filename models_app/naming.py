@@ -81,6 +81,11 @@ def guess_user_repo(original: str, model: ModelFile) -> tuple[str, str]:
     return _slug(model.organization, MAX_NAME_LENGTH) or DEFAULT_PUBLISHER, _slug(stem, MAX_NAME_LENGTH) or "model"
 
 
+def is_quantization(label: str) -> bool:
+    """Return whether a text is the name of a quantization, such as Q4_K_M."""
+    return bool(_QUANTIZATION.fullmatch(f"-{label}"))
+
+
 def make_key(publisher: str, name: str) -> str:
     """Return what API clients call the model: lower case, without the usual suffix of GGUF repositories."""
     return f"{publisher}/{re.sub(r'[-._]gguf$', '', name, flags=re.IGNORECASE)}".lower()

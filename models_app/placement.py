@@ -135,10 +135,14 @@ class Incoming:
         """Give the file its final name. Raises ``Conflict`` if there is a file already; it is never overwritten."""
         self._target = models_dir() / relative
         _make_folder(self._target.parent)
-        if os.path.lexists(self._target):
+        if self.source == self._target:  # it lies where it belongs: nothing to move, nothing to take back
+            self.path.unlink()
+            return
+        if os.path.lexists(self._target) and not self._is_published_already():
             raise Conflict(f"There is already a file {self._target}. Remove it or choose another name.", param="user_repo")
         try:
             self.path.rename(self._target)
+            self.path.unlink(missing_ok=True)  # renaming one name of a file to another one of it does nothing
         except OSError as error:
             raise self._explain(error) from None
         self._published = True
@@ -146,11 +150,16 @@ class Incoming:
     def finish(self) -> None:
         """Keep the file: the row that names it is stored. A file that was moved disappears from where it was."""
         self._done = True
-        if self.mode is Mode.MOVE:
+        if self.mode is Mode.MOVE and self.source != self._target:
             try:
                 self.source.unlink(missing_ok=True)
             except OSError as error:
                 logger.warning("%s was copied, not moved: it cannot be removed (%s)", self.source, error.strerror)
+
+    def _is_published_already(self) -> bool:
+        """Return whether this very file has its final name: the last attempt was killed before it could tell."""
+        assert self._target is not None
+        return self.mode is Mode.MOVE and not self._target.is_symlink() and self._target.samefile(self.source)
 
     def _bring(self) -> None:
         if self.mode is Mode.HARD_LINK:
@@ -201,6 +210,11 @@ def remove_file(path: Path) -> None:
     """Delete a stored model's file (of a linked one the link only) and the folders that became empty."""
     path.unlink(missing_ok=True)
     remove_empty_folders(path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder for unfinished work with everything in it."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_empty_folders(path: Path) -> None:

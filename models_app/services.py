@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -14,9 +16,10 @@ from django.db.models import Count
 
 from lmweb.access import Action, Principal, require
 from lmweb.errors import Conflict, InvalidModelFile, InvalidRequest, ServiceUnavailable, TemplateError
+from lmweb.models import User
 from models_app import gguf, naming, placement
 from models_app.drafts import check_draft
-from models_app.models import Generation, InstalledModel, ModelInstance
+from models_app.models import Generation, InstalledModel, ModelFile, ModelInstance
 from models_app.placement import Mode
 from workers import dispatch
 from workers.models import WorkerNode
@@ -45,7 +48,7 @@ def import_file(
     description: str | None = None,
     progress: placement.Progress | None = None,
 ) -> InstalledModel:
-    """Check a GGUF file and take it into the models directory as ``publisher/name/file.gguf``.
+    """Check a GGUF file and take it into the models directory as ``publisher/name/file.gguf``; with the first part come the others.
 
     Args:
         principal: who imports; None for the administrator at the command line.
@@ -67,11 +70,74 @@ def import_file(
     _refuse_stored_file(source)
     model = gguf.read_model(source)
     publisher, repo = naming.parse_user_repo(user_repo) if user_repo else naming.guess_user_repo(name, model)
-    row = InstalledModel(
+    row = _row(model, publisher, repo, name, principal.user if principal else None)
+    if description is not None:
+        row.description = description
+    row.key = free_key(publisher, repo, row.path, model.quantization)
+    files = [NewFile(part, naming.file_name(part.name) if number else name) for number, part in enumerate(gguf.part_paths(source))]
+    with ExitStack() as stack:
+        incoming = [stack.enter_context(placement.Incoming(file.source, mode, progress)) for file in files]
+        if gguf.read_parts([arriving.path for arriving in incoming]) != model:
+            raise InvalidModelFile("The file changed while it was imported. Nothing was stored.")
+        _store(row, files, incoming)
+    return row
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file that is to become part of a model, and what it is called there. ``sha256`` is known to be right, or empty."""
+
+    source: Path
+    name: str
+    role: ModelFile.Role = ModelFile.Role.WEIGHTS
+    sha256: str = ""
+
+
+def register_download(*, user: User | None, repo: str, label: str, files: list[NewFile]) -> InstalledModel:
+    """Take the complete files of one GGUF model into the models directory: its parts in order, and perhaps a projector.
+
+    Args:
+        user: who asked for it.
+        repo: ``publisher/name`` on the Hub, which becomes the folder.
+        label: how its publisher calls the quantization.
+        files: the weights first; a projector that another quantization brought already is shared with it.
+
+    Raises:
+        InvalidModelFile: the files are no model.
+        Conflict: the model is there already, or something else is in its place.
+    """
+    publisher, name = naming.parse_user_repo(repo)
+    files = [replace(file, name=naming.file_name(file.name)) for file in files]
+    weights = [file.source for file in files if file.role == ModelFile.Role.WEIGHTS]
+    model = gguf.read_parts(weights)
+    for file in files:
+        if file.role == ModelFile.Role.PROJECTOR:
+            gguf.check_projector(file.source)
+    row = _row(model, publisher, name, files[0].name, user)
+    if naming.is_quantization(label):
+        row.quantization = label[:32]
+    row.size_bytes = sum(file.source.stat().st_size for file in files)
+    row.capabilities = {**row.capabilities, "vision": len(files) > len(weights)}
+    row.key = free_key(publisher, name, row.path, row.quantization)
+    fresh = [file for file in files if not _is_shared(file, f"{publisher}/{name}/{file.name}")]
+    with ExitStack() as stack:
+        incoming = [stack.enter_context(placement.Incoming(file.source, Mode.MOVE)) for file in fresh]
+        _store(row, files, incoming)
+    return row
+
+
+def _is_shared(file: NewFile, path: str) -> bool:
+    """Return whether another model brought this very projector already."""
+    shared = ModelFile.objects.filter(path=path, role=ModelFile.Role.PROJECTOR).exclude(sha256="").filter(sha256=file.sha256)
+    return file.role == ModelFile.Role.PROJECTOR and any(other.file.is_file() for other in shared)
+
+
+def _row(model: gguf.ModelFile, publisher: str, repo: str, name: str, user: User | None) -> InstalledModel:
+    return InstalledModel(
         type=model.type,
         publisher=publisher,
         display_name=model.name or repo,
-        description=model.description if description is None else description,
+        description=model.description,
         architecture=model.architecture,
         quantization=model.quantization,
         bits_per_weight=model.bits_per_weight,
@@ -81,14 +147,8 @@ def import_file(
         capabilities=model.capabilities,
         path=f"{publisher}/{repo}/{name}",
         chat_template=model.chat_template,
-        imported_by=principal.user if principal else None,
+        imported_by=user,
     )
-    row.key = free_key(publisher, repo, row.path, model.quantization)
-    with placement.Incoming(source, mode, progress) as incoming:
-        if gguf.read_model(incoming.path) != model:
-            raise InvalidModelFile("The file changed while it was imported. Nothing was stored.")
-        _store(row, incoming)
-    return row
 
 
 def _refuse_stored_file(source: Path) -> None:
@@ -122,15 +182,22 @@ def free_key(publisher: str, repo: str, path: str, quantization: str) -> str:
     return key
 
 
-def _store(row: InstalledModel, incoming: placement.Incoming) -> None:
-    """Write the row and publish the file together: whichever fails takes the other back."""
+def _store(row: InstalledModel, files: list[NewFile], incoming: list[placement.Incoming]) -> None:
+    """Write the rows and publish the files together: whichever fails takes the others back."""
+    folder = row.path.rpartition("/")[0]
+    names = {id(arriving): file.name for file in files for arriving in incoming if arriving.source == file.source}
     try:
         with transaction.atomic():
             row.save(force_insert=True)  # first: the unique path keeps a second import of the same name away
-            incoming.publish(row.path)
+            for file in files:
+                size = file.source.stat().st_size
+                ModelFile.objects.create(model=row, path=f"{folder}/{file.name}", role=file.role, size_bytes=size, sha256=file.sha256)
+            for arriving in incoming:
+                arriving.publish(f"{folder}/{names[id(arriving)]}")
     except IntegrityError:
         raise Conflict(f"{row.key} is being imported by somebody else at this moment.", param="user_repo") from None
-    incoming.finish()
+    for arriving in incoming:
+        arriving.finish()
 
 
 def delete_model(*, principal: Principal | None, model: InstalledModel) -> None:
@@ -149,13 +216,19 @@ def delete_model(*, principal: Principal | None, model: InstalledModel) -> None:
         if locked is None:
             return
         _refuse_while_generating(locked)
+        files = [file.file for file in locked.files.all() if not _is_used_elsewhere(file)]
         locked.delete()
         try:  # before the commit: a file that cannot be deleted must not lose its row
-            placement.remove_file(locked.file)
+            for file in files:
+                placement.remove_file(file)
         except OSError as error:
             raise Conflict(f"The file of {locked.key} cannot be deleted: {error.strerror}.") from None
         if locked.key == STARTER_USER_REPO:
             _starter_marker().touch()
+
+
+def _is_used_elsewhere(file: ModelFile) -> bool:
+    return ModelFile.objects.filter(path=file.path).exclude(model=file.model_id).exists()
 
 
 def _refuse_while_generating(model: InstalledModel) -> None:

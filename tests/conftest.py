@@ -17,6 +17,7 @@ import pytest
 
 from lmweb.supervisor import discovery, embedded
 from lmweb.supervisor.identity import die_with_parent
+from tests.hub.server import Hub
 from tests.live import PASSWORD, Live
 
 if TYPE_CHECKING:
@@ -153,9 +154,24 @@ def stranger(db: None) -> User:
 
 
 @pytest.fixture(scope="session")
-def live() -> Iterator[Live]:
+def hub_server() -> Iterator[Hub]:
+    """Run a server that speaks the Hub's API."""
+    server = Hub()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(hub_server: Hub) -> Hub:
+    """Return that server without repositories and faults."""
+    hub_server.reset()
+    return hub_server
+
+
+@pytest.fixture(scope="session")
+def live(hub_server: Hub) -> Iterator[Live]:
     """Run one whole installation for all tests that only use it: nobody is in it but those whom the tests make."""
-    installation = Live(_short_dir()).start()
+    installation = Live(_short_dir(), environment={"HF_ENDPOINT": hub_server.url}).start()
     yield installation
     _end(installation)
 

@@ -27,16 +27,25 @@ def make_micro(
     architecture: str = "qwen2",
     quantization: str = "f32",
     chat_template: str | None = CHATML,
+    split_tensors: int = 0,
 ) -> Path:
     """Write a micro model (width 64) with the starter's vocabulary to ``path`` and return it.
 
     It never ends a greedy answer by itself: the end-of-sequence token's logit is 0. ``chat_template`` None writes a file without
-    one. ``context`` is in tokens; ``quantization`` is a key of ``bench.make_gguf.QUANTIZATIONS``.
+    one; ``split_tensors`` writes parts of so many tensors, named ``…-00001-of-….gguf``. ``context`` is in tokens; ``quantization`` is a key of ``bench.make_gguf.QUANTIZATIONS``.
     """
     micro = PRESETS["micro"]
     shape = Shape(layers, micro.width, micro.feed_forward, micro.heads, micro.kv_heads, quantization=quantization)
     return write_model(
-        path, shape, starter_vocabulary(), architecture=architecture, name=name, context=context, seed=seed, chat_template=chat_template
+        path,
+        shape,
+        starter_vocabulary(),
+        architecture=architecture,
+        name=name,
+        context=context,
+        seed=seed,
+        chat_template=chat_template,
+        split_tensors=split_tensors,
     )
 
 

@@ -71,8 +71,8 @@ def gpu_worker(node: str) -> Service:
 
 
 def io_worker(node: str) -> Service:
-    """Return the worker for everything but models; it also runs the periodic tasks."""
-    return _celery("io-worker", "io", f"io@{node}", threads=4)
+    """Return the worker for everything but models; it also runs the periodic tasks. A download holds a thread as long as it runs."""
+    return _celery("io-worker", "io", f"io@{node}", threads=4 + max(1, env.number("LMWEB_DOWNLOADS_AT_ONCE")))
 
 
 def answers(host: str, port: int) -> bool:
