@@ -12,6 +12,7 @@ from typing import Any
 
 from lmweb.errors import InvalidRequest
 from workers.parsing.harmony import speaks_harmony
+from workers.parsing.reasoning import tags_of
 from workers.parsing.tools.families import Syntax
 from workers.parsing.tools.prompts import ToolPrompt
 from workers.parsing.tools.requests import usable_tools
@@ -23,17 +24,21 @@ _SWITCHES = ("enable_thinking", "thinking")
 
 
 class Prompter:
-    """Makes prompts with one template. ``bos_token`` and ``eos_token`` are the texts of the model's special tokens."""
+    """Makes prompts with one template. ``bos_token`` and ``eos_token`` are the texts of the model's special tokens.
+
+    ``tags`` enclose the thoughts of the template's model; None stands for the channels of gpt-oss.
+    """
 
     def __init__(self, source: str, *, bos_token: str, eos_token: str) -> None:
         """Compile the template. Raises ``TemplateError`` if it is no valid one."""
         self._source = source
         self._template = ChatTemplate(source, bos_token=bos_token, eos_token=eos_token)
 
-    @property
-    def speaks_harmony(self) -> bool:
-        """Whether the model writes in the channels of gpt-oss."""
-        return speaks_harmony(self._source)
+        self.tags = None if speaks_harmony(source) else tags_of(source)
+
+    def starts_reasoning(self, prompt: str) -> bool:
+        """Return whether a prompt ends with the tag that opens the model's thoughts."""
+        return self.tags is not None and prompt.rstrip().endswith(self.tags.open.rstrip())
 
     @property
     def syntax(self) -> Syntax:
@@ -51,7 +56,8 @@ class Prompter:
         """
         tools = usable_tools(request)
         variables = {**self._reasoning(request), **request.template_kwargs}
-        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
+        with_tools = tools or any(message.tool_calls or message.role == "tool" for message in messages)
+        if with_tools or ("functions" in self._source and self._tool_prompt.is_needed):
             return self._tool_prompt.render(messages, tools, variables=variables)
         return self._template.render(messages, variables=variables)
 

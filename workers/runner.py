@@ -42,6 +42,7 @@ from workers.events import (
 )
 from workers.overflow import room_for_answer, shorten
 from workers.parsing.output import OutputParser, replay
+from workers.parsing.tools.grammar import argument_schema
 from workers.parsing.tools.reader import CallReader
 from workers.parsing.tools.requests import call_limit, callable_tools, grammars, usable_tools
 from workers.prompting import Prompter
@@ -208,9 +209,11 @@ class Runner:
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(31))
         room = info.context_length - len(prompt)
-        starts_reasoning = prompt_text.rstrip("\n").endswith("<think>")
         parser = OutputParser(
-            sampling.stop, starts_reasoning=starts_reasoning, calls=_call_reader(prompter, message), harmony=prompter.speaks_harmony
+            sampling.stop,
+            starts_reasoning=prompter.starts_reasoning(prompt_text),
+            calls=_call_reader(prompter, message),
+            tags=prompter.tags,
         )
         constraint = self._constraint(prompter, request)
         complete = replay(parser, message.output_tokens, self.engine.piece, constraint)
@@ -370,7 +373,8 @@ class Runner:
 
 def _call_reader(prompter: Prompter, message: Submit) -> CallReader | None:
     tools = callable_tools(message.request)
-    return CallReader(prompter.syntax, frozenset(tool.name for tool in tools), message.generation_id) if tools else None
+    schemas = {tool.name: argument_schema(tool, i) for i, tool in enumerate(tools)}
+    return CallReader(prompter.syntax, schemas, message.generation_id) if tools else None
 
 
 def _stop_reason(job: Job, reason: str) -> str:

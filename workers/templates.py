@@ -11,13 +11,15 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType, GeneratorType
 from typing import Any
 
 from jinja2 import TemplateError as JinjaError, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lmweb.errors import TemplateError
@@ -26,9 +28,10 @@ from workers.schemas import ChatMessage
 MAX_TEMPLATE_CHARS = 512 * 1024
 MAX_STRING_CHARS = 16 * 1024 * 1024
 TIME_LIMIT_SECONDS = 2.0
+MAX_INDENT = 1000
 #: String methods and filters that make long strings out of short arguments.
-FORBIDDEN_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"})
-FORBIDDEN_FILTERS = ("center", "format", "indent", "wordwrap", "pprint", "xmlattr", "urlize", "filesizeformat")
+FORBIDDEN_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format_map"})
+FORBIDDEN_FILTERS = ("center", "format", "wordwrap", "pprint", "xmlattr", "urlize", "filesizeformat")
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -46,6 +49,17 @@ class _CodeGenerator(CodeGenerator):
             self.visit(argument, frame)
             self.write(", ")
         self.write("))")
+
+
+class _Generation(Extension):
+    """``{% generation %}``: marks what the assistant wrote, for training (transformers). Its content stays, the marks mean nothing."""
+
+    tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return what stands between the marks."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _join_bounded(parts: Iterable[Any]) -> str:
@@ -75,8 +89,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Hide string methods that pad or format."""
+        """Hide string methods that pad or format. Lists may grow, one by one, for as long as the time limit lets them."""
+        if isinstance(obj, list) and attr == "append":
+            return True
         return not (isinstance(obj, str) and attr in FORBIDDEN_METHODS) and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Bound ``str.format``: only plain fields, whose size is known, and nothing that pads."""
+        if super().wrap_str_format(value) is None:
+            return None
+        if value.__name__ != "format":
+            raise SecurityError("this way of formatting is not allowed in a chat template")
+        return partial(_format, value.__self__)
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Bound the string methods that grow with the product of their arguments."""
@@ -102,6 +126,23 @@ def _replace(value: object, old: object, new: object) -> str:
     return text.replace(before, after)
 
 
+def _indent(value: object, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    """The ``indent`` filter, bounded."""
+    text, indention = str(value), width if isinstance(width, str) else " " * min(int(width), MAX_INDENT)
+    lines = text.split("\n")
+    _check_size(len(text) + len(indention) * len(lines))
+    indented = [indention + line if (line or blank) and (number or first) else line for number, line in enumerate(lines)]
+    return "\n".join(indented)
+
+
+def _format(template: str, *args: Any) -> str:
+    """``str.format`` with ``{}`` and nothing else."""
+    parts = str(template).split("{}")
+    if any("{" in part or "}" in part for part in parts) or len(parts) - 1 > len(args):
+        raise SecurityError("only plain {} may be formatted in a chat template")
+    return _join_bounded(text for pair in zip(parts, [*map(str, args[: len(parts) - 1]), ""], strict=True) for text in pair)
+
+
 def _repeated(left: Any, right: Any) -> int:
     for value, times in ((left, right), (right, left)):
         if isinstance(value, (str, list, tuple)) and isinstance(times, int):
@@ -114,10 +155,17 @@ def _check_size(n: int) -> None:
         raise SecurityError("the chat template makes too long a text")
 
 
-def _tojson(value: Any, indent: int | None = None, **_options: Any) -> str:
+def _tojson(
+    value: Any,
+    indent: int | None = None,
+    ensure_ascii: bool = False,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Like transformers' filter: plain JSON, not escaped for HTML."""
     value = list(value) if isinstance(value, GeneratorType) else value  # what the filter ``map`` returns
-    return json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(int(indent), 8))
+    width = None if indent is None else min(int(indent), 8)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=width, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:
@@ -131,10 +179,10 @@ class ChatTemplate:
         """Compile. Raises ``TemplateError`` if it is too long or no valid Jinja."""
         if len(source) > MAX_TEMPLATE_CHARS:
             raise TemplateError("The model's chat template is too long.")
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         for name in FORBIDDEN_FILTERS:
             environment.filters.pop(name, None)
-        environment.filters.update(tojson=_tojson, join=_join, replace=_replace)
+        environment.filters.update(tojson=_tojson, join=_join, replace=_replace, indent=_indent)
         environment.globals.update(raise_exception=_raise_exception, strftime_now=lambda pattern: time.strftime(str(pattern)[:64]))
         environment.globals.pop("lipsum", None)
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}

@@ -32,6 +32,11 @@ def test_helpers_that_templates_expect() -> None:
     assert render("{{ messages[0] | tojson }}") == '{"role": "system", "content": "Be brief."}'
     assert len(render("{{ strftime_now('%Y') }}")) == 4
     assert render("{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}") == "system"
+    assert render("{% generation %}{{ messages[0].role }}{% endgeneration %}!") == "system!"
+    assert render("{{ 'a\n\nb' | indent(2) }}|{{ 'a\nb' | indent('> ', first=true) }}") == "a\n\n  b|> a\n> b"
+    assert render("{{ {'b': 'é', 'a': 1} | tojson(sort_keys=true, ensure_ascii=true, separators=(',', ':')) }}") == '{"a":1,"b":"\\u00e9"}'
+    assert render("{{ '<think{}>{}'.format(':x', 1) }}") == "<think:x>1"
+    assert render("{% set x = namespace(a=[]) %}{% set _ = x.a.append(1) %}{{ x.a }}") == "[1]"
     with pytest.raises(TemplateError, match="roles must alternate"):
         render("{{ raise_exception('roles must alternate') }}")
 
@@ -42,7 +47,13 @@ def test_helpers_that_templates_expect() -> None:
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.__class__ }}{{ cycler.__init__.__globals__.os.popen('id').read() }}",
         "{{ lipsum.__globals__ }}",
-        "{% set x = messages.append(1) %}",
+        "{% set x = messages.clear() %}",
+        "{% set x = messages[0].update(a=1) %}",
+        "{% set x = [1] %}{% for i in range(99999) %}{% for j in range(99999) %}{% set _ = x.append(x) %}{% endfor %}{% endfor %}",
+        "{{ '{0}{0}'.format(1) }}",
+        "{{ '{a}'.format_map(messages[0]) }}",
+        "{{ ('a' * 100000) | indent(999) | indent('b' * 999999) }}{{ ('\\n' * 99999) | indent(999) }}",
+        "{% generation %}unclosed",
         "{{ 'a' * 10**9 }}",
         "{{ 'a' * 999999999 }}",
         "{{ [1] * 999999999 }}",

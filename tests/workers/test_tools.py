@@ -25,7 +25,10 @@ PICK = Tool(
     ' "required": ["n", "deep"], "additionalProperties": false}',
 )
 NOISE = SamplingParams(temperature=1.0, seed=4, max_tokens=300)
-TELLS = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+TELLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}\n{% endfor %}assistant: "
+)
 
 #: The beginning of a template is enough to tell its family.
 FAMILIES = {
@@ -38,6 +41,18 @@ FAMILIES = {
     "granite": "<|tool_call|>",
     "gpt-oss": "<|channel|><|message|>functions.",
     "default": "",
+    "functools": "functools[",
+    "kimi": "<|tool_call_argument_begin|>",
+    "cohere": "<|START_ACTION|>",
+    "minimax m1": "<tool_calls>",
+    "qwen3-coder": "<tool_call><function=",
+    "seed": "<seed:tool_call>",
+    "glm": "<arg_key>",
+    "minimax m2": "<minimax:tool_call>",
+    "deepseek v3.2": "｜DSML｜function_calls>",
+    "minicpm": '<function name="',
+    "gemma 4": "<|tool_call>call:",
+    "lfm": "<|tool_call_start|>",
 }
 
 

@@ -17,8 +17,9 @@ from workers.engines.llama_embedding import LlamaEmbedder, LlamaEmbeddingEngine,
 from workers.engines.llama_sampling import TokenSampler, likeliest, log_probabilities
 from workers.engines.speculation import Guesses, Speculation
 from workers.memory import kv_cells, logits_rows
+from workers.parsing import reasoning
 from workers.parsing.harmony import HarmonySplitter
-from workers.parsing.tools.families import VISIBLE
+from workers.parsing.tools import families
 from workers.scheduler import Admission, Chunk, Scheduler, Slot
 from workers.schemas import LoadConfig
 
@@ -28,7 +29,7 @@ import llama_cpp.llama_cpp as C  # isort: skip
 TARGET_STEP_SECONDS = 0.2
 TARGET_STEP_FACTOR = 4.0
 #: Special tokens that parsers need to see in the text.
-VISIBLE_SPECIALS = VISIBLE | HarmonySplitter.visible | {"<think>", "</think>"}
+VISIBLE_SPECIALS = families.VISIBLE | reasoning.VISIBLE | HarmonySplitter.visible
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from workers.constraints import Constraint
 from workers.events import AnyEvent, MessageDelta, MessageEnd, MessageStart, ReasoningDelta, ReasoningEnd, ReasoningStart, TokenLogprob
 from workers.parsing.harmony import HarmonySplitter
-from workers.parsing.reasoning import ReasoningSplitter
+from workers.parsing.reasoning import THINK, ReasoningSplitter, Tags
 from workers.parsing.stops import StopScanner
 from workers.parsing.tools.reader import CallReader
 
@@ -16,14 +16,14 @@ from workers.parsing.tools.reader import CallReader
 class OutputParser:
     """Feeds on token bytes; its state depends on the tokens alone, so replaying them restores it after a crash.
 
-    ``calls`` looks for calls of tools in the answer. Stop strings do not count inside of them. ``harmony`` says that the model
-    writes in the channels of gpt-oss.
+    ``calls`` looks for calls of tools in the answer. Stop strings do not count inside of them. ``tags`` enclose the model's thoughts;
+    None says that it writes in the channels of gpt-oss.
     """
 
-    def __init__(self, stops: list[str], *, starts_reasoning: bool, calls: CallReader | None = None, harmony: bool = False) -> None:
+    def __init__(self, stops: list[str], *, starts_reasoning: bool, calls: CallReader | None = None, tags: Tags | None = THINK) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = StopScanner(stops)
-        self._splitter = HarmonySplitter(has_calls=calls is not None) if harmony else ReasoningSplitter(inside=starts_reasoning)
+        self._splitter = ReasoningSplitter(inside=starts_reasoning, tags=tags) if tags else HarmonySplitter(has_calls=calls is not None)
         self._calls = calls
         self._open = ""
         self._logprobs: list[TokenLogprob] = []

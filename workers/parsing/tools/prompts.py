@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,7 +41,9 @@ Examples:
 
 Respond conversationally if no matching tools exist."""
 
-_PROBE_TOOL = Tool(name="probe_tool", description="d", parameters='{"type": "object", "properties": {"probe_key": {"type": "string"}}}')
+_PROBE_TOOL = Tool(
+    name="probe_tool", description="d", parameters='{"type": "object", "properties": {"probe_key": {"type": "string", "description": "d"}}}'
+)
 _PROBE_CALL = ToolCall(id="probe0001", name="probe_tool", arguments='{"probe_key": "probe_value"}')
 _PROBE_TALK = (
     ChatMessage(role="user", content="u"),
@@ -51,13 +54,21 @@ _PROBE_TALK = (
 
 @dataclass(frozen=True, slots=True)
 class _Style:
-    """How a template wants calls in its messages: arguments as data, as JSON text, or the whole call in the content."""
+    """How a template wants to be told of tools and calls.
+
+    Calls have their arguments as data, as JSON text, or stand in the content whole. Tools come as the list ``tools``, or as JSON
+    text: in the variable ``functions``, or in the system message.
+    """
 
     calls: Literal["data", "text", "content"]
     empty_content: str | None = None
+    tools: Literal["tools", "functions", "system"] = "tools"
 
 
-_STYLES = (_Style("data"), _Style("data", ""), _Style("text"), _Style("text", ""), _Style("content"))
+_CALLS: tuple[tuple[Literal["data", "text", "content"], str | None], ...] = (
+    ("data", None), ("data", ""), ("text", None), ("text", ""), ("content", None),
+)  # fmt: skip
+_STYLES = [_Style(calls, empty, tools) for tools in ("tools", "functions", "system") for calls, empty in _CALLS]
 
 
 class ToolPrompt:
@@ -65,12 +76,17 @@ class ToolPrompt:
 
     def __init__(self, template: ChatTemplate, source: str) -> None:
         """Find out what the template can do, by rendering a small conversation in a few ways."""
-        self._template = template
+        self._template, self._source = template, source
         self._short_ids = "|length != 9" in source.replace(" ", "").replace("|length!=9", "|length != 9")
         native = native_syntax(source)
         self._style = self._find_style(native) if native else None
         self.syntax = native if native and self._style else DEFAULT
         self._takes_system = self._renders([{"role": "system", "content": "probe_system"}, {"role": "user", "content": "u"}])
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the template wants its list of tools even if it is empty."""
+        return self._style is not None and self._style.tools == "functions"
 
     def render(
         self,
@@ -82,26 +98,49 @@ class ToolPrompt:
     ) -> str:
         """Return the prompt. Raises ``TemplateError`` if the template refuses it."""
         if self._style is None:
-            data, extra = self._default_messages(messages, tools), {}
+            data = self._default_messages(messages, tools)
+            extra: dict[str, Any] = {}
         else:
-            data, extra = (
-                self._native_messages(messages, self.syntax, self._style),
-                {"tools": [_as_openai(tool) for tool in tools]} if tools else {},
-            )
+            data, extra = self._native(messages, tools, self.syntax, self._style)
         return self._template.render_data(data, add_generation_prompt=add_generation_prompt, variables={**(variables or {}), **extra})
 
     def _find_style(self, syntax: Syntax) -> _Style | None:
         """Return the first way of passing calls that comes out in the prompt; None if the template does not tell of tools."""
-        tools = {"tools": [_as_openai(_PROBE_TOOL)]}
         for style in _STYLES:
+            if style.calls == "content" and not syntax.can_be_written:
+                continue
             try:
-                before = self._template.render_data([{"role": "user", "content": "u"}], add_generation_prompt=False, variables=tools)
-                after = self._template.render_data(self._native_messages(_PROBE_TALK, syntax, style), variables=tools)
+                data, extra = self._native(_PROBE_TALK[:1], (_PROBE_TOOL,), syntax, style)
+                before = self._template.render_data(data, add_generation_prompt=False, variables=extra)
+                data, extra = self._native(_PROBE_TALK, (_PROBE_TOOL,), syntax, style)
+                after = self._template.render_data(data, variables=extra)
             except TemplateError:
                 continue
-            if "probe_tool" in before and after.count('"probe_value"') == before.count('"probe_value"') + 1:
+            if (
+                "probe_tool" in before
+                and after.count("probe_value") == before.count("probe_value") + 1
+                and "{'probe_key': 'probe_value" not in after
+            ):
                 return style
         return None
+
+    def _native(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], syntax: Syntax, style: _Style
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return messages and variables as the template wants them."""
+        data = self._native_messages(messages, syntax, style)
+        listing = [_as_openai(tool) for tool in tools]
+        text = json.dumps([tool["function"] for tool in listing], ensure_ascii=False)
+        if style.tools == "functions":
+            return data, {"functions": text, "datetime": time.strftime("%Y-%m-%d")}
+        if not tools:
+            return data, {}
+        if style.tools == "system":
+            if not data or data[0]["role"] != "system":
+                data.insert(0, {"role": "system", "content": ""})
+            data[0]["tools"] = text
+            return data, {}
+        return data, {"tools": listing}
 
     def _renders(self, messages: list[dict[str, Any]]) -> bool:
         try:
@@ -111,6 +150,7 @@ class ToolPrompt:
 
     def _native_messages(self, messages: Sequence[ChatMessage], syntax: Syntax, style: _Style) -> list[dict[str, Any]]:
         names = {call.id: call.name for message in messages for call in message.tool_calls}
+        ids = {given: self._id(given, f"functions.{name}:{i}" if syntax.numbered else "") for i, (given, name) in enumerate(names.items())}
         data = []
         for message in messages:
             entry: dict[str, Any] = {"role": message.role, "content": message.content}
@@ -118,17 +158,17 @@ class ToolPrompt:
                 entry["content"] = _with_calls(message, syntax)
             elif message.tool_calls:
                 entry["content"] = message.content or style.empty_content
-                entry["tool_calls"] = [self._native_call(call, style) for call in message.tool_calls]
+                entry["tool_calls"] = [_native_call(call, ids[call.id], style) for call in message.tool_calls]
             elif message.role == "tool":
-                entry |= {"tool_call_id": self._id(message.tool_call_id), "name": names.get(message.tool_call_id, "")}
+                given = message.tool_call_id
+                entry |= {"tool_call_id": ids.get(given) or self._id(given), "name": names.get(given, "")}
             data.append(entry)
         return data
 
-    def _native_call(self, call: ToolCall, style: _Style) -> dict[str, Any]:
-        arguments = call.arguments if style.calls == "text" else _arguments(call)
-        return {"id": self._id(call.id), "type": "function", "function": {"name": call.name, "arguments": arguments}}
-
-    def _id(self, given: str) -> str:
+    def _id(self, given: str, numbered: str = "") -> str:
+        """Return a call's id as the template takes it."""
+        if numbered:
+            return numbered
         fits = len(given) == _SHORT_ID and given.isalnum()
         return given if fits or not self._short_ids else hashlib.blake2b(given.encode()).hexdigest()[:_SHORT_ID]
 
@@ -164,6 +204,11 @@ def _with_calls(message: ChatMessage, syntax: Syntax) -> str:
         return message.content
     calls = written(syntax, [(call.name, json.dumps(_arguments(call), ensure_ascii=False)) for call in message.tool_calls])
     return f"{message.content}\n{calls}" if message.content else calls
+
+
+def _native_call(call: ToolCall, given_id: str, style: _Style) -> dict[str, Any]:
+    arguments = call.arguments if style.calls == "text" else _arguments(call)
+    return {"id": given_id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def _arguments(call: ToolCall) -> dict[str, Any]:

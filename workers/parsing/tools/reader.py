@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 
 from workers.events import ToolCallArguments, ToolCallStart
 from workers.parsing.stops import partial_suffix
+from workers.parsing.tools.arguments import Arguments, reader_of
 from workers.parsing.tools.families import Syntax
 from workers.parsing.tools.patterns import Miss, match, match_any
+from workers.parsing.tools.values import Schema
 
 Piece = str | ToolCallStart | ToolCallArguments
 
 #: What Llama writes between two calls.
 _BETWEEN_CALLS = " \t\r\n;"
-_NAME = re.compile(r"[A-Za-z0-9_.:/-]*")
+_NAME_CHARACTER = re.compile(r"[A-Za-z0-9_.-]")
 
 
 def call_id(generation_id: str, index: int) -> str:
@@ -23,22 +26,24 @@ def call_id(generation_id: str, index: int) -> str:
 
 
 class CallReader:
-    """Reads the answer of a model that may call the tools ``names``. Its state depends on the text alone.
+    """Reads the answer of a model that may call ``tools``: their names, with the schemas of their arguments.
+
+    Its state depends on the text alone.
 
     A unit is a call, or a list of calls. ``in_unit`` tells that one is being written, ``unit_text`` is its text after the
     marker, ``units`` counts those that began, ``started`` and ``completed`` the calls.
     """
 
-    def __init__(self, syntax: Syntax, names: frozenset[str], generation_id: str) -> None:
-        self._syntax, self._names, self._generation_id = syntax, names, generation_id
-        self._markers = tuple(text for text in (syntax.marker, *syntax.ignored) if text)
-        self._bare = tuple(f'{syntax.head}{name}"' for name in names) if syntax.bare else ()
+    def __init__(self, syntax: Syntax, tools: Mapping[str, Schema], generation_id: str) -> None:
+        self._syntax, self._tools, self._generation_id = syntax, tools, generation_id
+        self._markers = tuple(text for text in (*syntax.markers, *syntax.ignored) if text)
+        self._before = syntax.between if syntax.arguments else tuple(pattern + " {" for pattern in syntax.between)
+        self._bare = tuple(f'{syntax.head}{name}"' for name in tools) if syntax.bare else ()
         self._steps = {
             "text": self._text,
             "list": self._list,
             "head": self._head,
             "name": self._name,
-            "between": self._before_arguments,
             "arguments": self._arguments,
             "tail": self._tail,
             "next": self._next,
@@ -46,8 +51,7 @@ class CallReader:
         self._state = "text"
         self._held = ""
         self._gap = True  # nothing but white space since the beginning or the last unit
-        self._tool = ""
-        self._json = _JsonEnd()
+        self._reader: Arguments = reader_of(syntax, {})
         self.unit_text = ""
         self.units = self.started = self.completed = 0
 
@@ -88,11 +92,11 @@ class CallReader:
             keep = max((partial_suffix(self._held, marker) for marker in self._markers), default=0)
             self._pass(pieces, len(self._held) - keep)
             return False
-        place, marker = min(places)
+        place, marker = min(places, key=lambda found: (found[0], -len(found[1])))
         self._pass(pieces, place)
         self._held = self._held[self._held.find(marker) + len(marker) :]
         self._gap = True
-        return self._begin_unit(self._held) if marker == self._syntax.marker else True
+        return self._begin_unit(self._held) if marker in self._syntax.markers else True
 
     def _pass(self, pieces: list[Piece], n: int) -> None:
         """Pass on the first ``n`` characters, unless they may be the white space around a call."""
@@ -125,36 +129,44 @@ class CallReader:
         return True
 
     def _list(self, _pieces: list[Piece]) -> bool:
-        return self._advance(match(" [", self._held), "head")
+        assert self._syntax.listed
+        return self._advance(match(self._syntax.listed[0], self._held), "head")
 
     def _head(self, _pieces: list[Piece]) -> bool:
         return self._advance(match(self._syntax.head, self._held), "name")
 
-    def _name(self, _pieces: list[Piece]) -> bool:
-        found = _NAME.match(self._held)
-        end = found.end() if found else 0
-        if end == len(self._held):
+    def _name(self, pieces: list[Piece]) -> bool:
+        """Read the name and what comes between it and the arguments. One name may be the beginning of another."""
+        if self._syntax.head.endswith(" "):
+            self._held = self._held.lstrip()
+        if any(len(name) > len(self._held) and name.startswith(self._held) for name in self._tools):
             return False
-        self._tool = self._held[:end]
-        return self._advance(end if self._tool in self._names else Miss.NEVER, "between")
-
-    def _before_arguments(self, pieces: list[Piece]) -> bool:
-        end = match_any(tuple(pattern + " {" for pattern in self._syntax.between), self._held)
-        if not self._advance(end - 1 if end > 0 else end, "arguments"):
-            return False
-        if self._state == "arguments":
-            pieces.append(ToolCallStart(tool=self._tool, id=call_id(self._generation_id, self.started)))
+        ends: list[tuple[int, str]] = []
+        for name in self._tools:
+            after = self._held.removeprefix(name)
+            if after == self._held or _NAME_CHARACTER.match(after):
+                continue
+            end = match_any(self._before, after) if after else Miss.NOT_YET
+            if end == Miss.NOT_YET:
+                return False
+            if end >= 0:
+                ends.append((len(name) + end, name))
+        end, tool = max(ends, default=(Miss.NEVER, ""))
+        self._advance(end if end < 0 or self._syntax.arguments else end - 1, "arguments")  # the brace belongs to the JSON
+        if tool:
+            pieces.append(ToolCallStart(tool=tool, id=call_id(self._generation_id, self.started)))
             self.started += 1
-            self._json = _JsonEnd()
+            self._reader = reader_of(self._syntax, self._tools[tool])
         return True
 
     def _arguments(self, pieces: list[Piece]) -> bool:
         if not self._held:
             return False
-        end = self._json.find(self._held)
-        fragment, self._held = self._held[:end], self._held[end:]
-        pieces.append(ToolCallArguments(content=fragment))
-        if not self._json.done:
+        fragment, used = self._reader.feed(self._held)
+        self._held = self._held[used:]
+        if fragment:
+            pieces.append(ToolCallArguments(content=fragment))
+        if not self._reader.done:
             return False
         self._state = "tail"
         return True
@@ -171,51 +183,11 @@ class CallReader:
     def _next(self, _pieces: list[Piece]) -> bool:
         if not self._syntax.listed:
             return self._end_unit()
-        if match(" ,", self._held) >= 0:
-            return self._advance(match(" ,", self._held), "head")
-        end = match(" ]", self._held)
+        _, separator, closing = self._syntax.listed
+        end = match(closing, self._held)
         if end == Miss.NOT_YET:
             return False
+        if end == Miss.NEVER and match(separator, self._held) >= 0:
+            return self._advance(match(separator, self._held), "head")
         self._held = self._held[max(end, 0) :]
         return self._end_unit()
-
-
-class _JsonEnd:
-    """Finds the end of a JSON object that comes in pieces."""
-
-    _INTERESTING = re.compile(r'[{}\[\]"]')
-    _IN_STRING = re.compile(r'["\\]')
-
-    def __init__(self) -> None:
-        self.done = False
-        self._depth = 0
-        self._in_string = self._escaped = False
-
-    def find(self, text: str) -> int:
-        """Return how much of the text belongs to the object; ``done`` tells whether it ends there."""
-        position = 0
-        while position < len(text):
-            if self._escaped:
-                self._escaped = False
-                position += 1
-                continue
-            found = (self._IN_STRING if self._in_string else self._INTERESTING).search(text, position)
-            if found is None:
-                return len(text)
-            position = found.end()
-            if self._note(found[0]):
-                self.done = True
-                return position
-        return position
-
-    def _note(self, character: str) -> bool:
-        """Note a character of structure; return whether the object ends with it."""
-        if character == '"':
-            self._in_string = not self._in_string
-        elif character == "\\":
-            self._escaped = True
-        elif character in "{[":
-            self._depth += 1
-        else:
-            self._depth -= 1
-        return self._depth == 0 and not self._in_string
