@@ -46,6 +46,9 @@ SCOPE_ACTIONS: dict[str, set[Action]] = {
         Action.LOAD_MODELS,
         Action.IMPORT_MODELS,
         Action.DELETE_MODELS,
+        Action.DOWNLOAD_MODELS,
+        Action.REQUEST_DOWNLOADS,
+        Action.DECIDE_REQUESTS,
         Action.CHANGE_TEMPLATES,
     },
 }

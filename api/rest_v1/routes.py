@@ -2,6 +2,40 @@
 
 from __future__ import annotations
 
+from django.http import HttpRequest, HttpResponse
 from ninja import Router
 
+from api.auth import principal_of
+from api.body import json_body, json_response
+from api.rest_v1 import translate
+from api.rest_v1.schemas import DownloadJob, DownloadRequest
+from lmweb.access import Action, Principal, require
+from lmweb.db import run_db
+from models_app import downloads
+
 router = Router()
+
+
+@router.post("/models/download")
+async def download_model(request: HttpRequest) -> HttpResponse:
+    """Have a model downloaded from the Hub: a new job, the one that is under way, or word that the model is here."""
+    body = translate.parse_body(json_body(request), DownloadRequest)
+    return json_response(await run_db(_download, principal_of(request), body))
+
+
+@router.get("/models/download/status/{job_id}")
+async def download_status(request: HttpRequest, job_id: str) -> HttpResponse:
+    """Say how far a download is."""
+    return json_response(await run_db(_download_status, principal_of(request), job_id))
+
+
+def _download(principal: Principal, body: DownloadRequest) -> DownloadJob:
+    require(principal, Action.DOWNLOAD_MODELS)
+    found = downloads.find(body.model, body.quantization or "")
+    asked = downloads.ask(principal=principal, repository=found.repository, variant=found.chosen)
+    return translate.download_job(asked.download) if asked.download else translate.already_downloaded()
+
+
+def _download_status(principal: Principal, job_id: str) -> DownloadJob:
+    require(principal, Action.READ_MODELS)
+    return translate.download_job(downloads.get(principal, job_id))

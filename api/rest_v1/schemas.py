@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+from msgspec import UNSET, UnsetType
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -18,3 +21,23 @@ class ErrorResponse(msgspec.Struct, frozen=True):
     """The body of every answer with a status of 400 and above."""
 
     error: ErrorBody
+
+
+class DownloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What to download: the name of a staff pick, ``user/repo``, or an address on the Hub."""
+
+    model: str
+    quantization: str | None = None
+
+
+class DownloadJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How far a download is. Sizes are in bytes, times in ISO 8601; which fields are there depends on ``status``."""
+
+    status: Literal["downloading", "paused", "completed", "failed", "already_downloaded"]
+    job_id: str | UnsetType = UNSET
+    total_size_bytes: int | UnsetType = UNSET
+    downloaded_bytes: int | UnsetType = UNSET
+    bytes_per_second: float | UnsetType = UNSET
+    estimated_completion: str | UnsetType = UNSET
+    started_at: str | UnsetType = UNSET
+    completed_at: str | UnsetType = UNSET

@@ -2,8 +2,69 @@
 
 from __future__ import annotations
 
-from api.rest_v1.schemas import ErrorBody, ErrorResponse
-from lmweb.errors import LmwebError
+from datetime import UTC, datetime, timedelta
+from typing import Final, Literal, TypeVar
+
+import msgspec
+from django.utils import timezone
+from msgspec import UNSET
+
+from api.rest_v1.schemas import DownloadJob, ErrorBody, ErrorResponse
+from lmweb.errors import InvalidRequest, LmwebError
+from models_app.models import Download
+
+T = TypeVar("T")
+
+JobStatus = Literal["downloading", "paused", "completed", "failed"]
+
+#: Our finer states in the words of REST v1. What somebody else decides about waits.
+JOB_STATUSES: Final[dict[str, JobStatus]] = {
+    Download.Status.REQUESTED: "paused",
+    Download.Status.DECLINED: "failed",
+    Download.Status.QUEUED: "downloading",
+    Download.Status.DOWNLOADING: "downloading",
+    Download.Status.VERIFYING: "downloading",
+    Download.Status.PAUSED: "paused",
+    Download.Status.COMPLETED: "completed",
+    Download.Status.FAILED: "failed",
+    Download.Status.CANCELLED: "failed",
+}
+
+
+def parse_body(body: bytes, kind: type[T]) -> T:
+    """Return the request in a body. Raises ``InvalidRequest`` that names the field at fault."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"The request is not what was expected: {error}") from None
+
+
+def already_downloaded() -> DownloadJob:
+    """Return the answer about a model that is here."""
+    return DownloadJob(status="already_downloaded")
+
+
+def download_job(download: Download) -> DownloadJob:
+    """Return how far a download is."""
+    status = JOB_STATUSES[download.status]
+    moves = status == "downloading"
+    # All bytes are there while they are verified; ``done_bytes`` counts the verified ones then.
+    arrived = download.total_bytes if download.status == Download.Status.VERIFYING else download.done_bytes
+    left = download.seconds_left
+    return DownloadJob(
+        status=status,
+        job_id=download.pk,
+        total_size_bytes=download.total_bytes,
+        downloaded_bytes=arrived,
+        bytes_per_second=download.bytes_per_second if moves else UNSET,
+        estimated_completion=_iso(timezone.now() + timedelta(seconds=left)) if moves and left is not None else UNSET,
+        started_at=_iso(download.started_at or download.created_at),
+        completed_at=_iso(download.finished_at) if status == "completed" and download.finished_at else UNSET,
+    )
+
+
+def _iso(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def error_response(error: LmwebError) -> ErrorResponse:
