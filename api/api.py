@@ -73,7 +73,7 @@ def _error(response: HttpResponse, error: LmwebError) -> HttpResponse:
     if error.status == 401:
         response["WWW-Authenticate"] = "Bearer"
     if error.retryable:
-        response["Retry-After"] = "1"
+        response["Retry-After"] = str(error.retry_after_seconds)
     return response
 
 

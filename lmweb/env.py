@@ -61,6 +61,10 @@ VARIABLES: dict[str, Variable] = {
             "10",
             "How long a busy model keeps its memory while requests wait for another one; longer turns mean fewer switches.",
         ),
+        Variable(
+            "LMWEB_USER_RUNNING_LIMIT", "64", "Answers that one person may have running at once on a worker's machine; 0: any number."
+        ),
+        Variable("LMWEB_USER_WAITING_LIMIT", "1024", "Requests of one person that may wait beside those; more are refused. 0: any number."),
         Variable("LMWEB_MAX_UPLOAD_GB", "200", "Largest model file that may be uploaded in the browser, in gigabytes."),
         Variable("HF_ENDPOINT", "https://huggingface.co", "The Hugging Face Hub, or a mirror of it, where Discover looks for models."),
         Variable("HF_TOKEN", "", "Token of the Hub, for models that ask for one."),

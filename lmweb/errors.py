@@ -16,6 +16,7 @@ class LmwebError(Exception):
         code: stable machine-readable name, also sent in ``error`` events.
         status: HTTP status of the response that renders this error.
         retryable: whether the same request may succeed later unchanged.
+        retry_after_seconds: when to try again, if it is.
         param: name of the request field at fault, if one is.
         details: further JSON-serialisable facts (sizes, limits), never secrets.
     """
@@ -23,6 +24,7 @@ class LmwebError(Exception):
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    retry_after_seconds: ClassVar[int] = 1
 
     def __init__(self, message: str, *, param: str | None = None, details: dict[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -101,6 +103,13 @@ class PayloadTooLarge(LmwebError):
     """The request body is larger than this route accepts."""
 
     code, status = "payload_too_large", 413
+
+
+class TooManyRequests(LmwebError):
+    """As many requests of this person wait as may; ``details`` has ``running_limit`` and ``waiting_limit``."""
+
+    code, status, retryable = "rate_limit_exceeded", 429, True
+    retry_after_seconds = 5
 
 
 class ModelLoadFailed(LmwebError):

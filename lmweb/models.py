@@ -39,6 +39,13 @@ class User(AbstractUser):
     role = models.CharField(max_length=16, choices=Role.choices, default=Role.MEMBER)
     may_download = models.BooleanField(default=False, help_text="Of a member: downloads models without asking. Admins always may.")
 
+    running_limit = models.PositiveIntegerField(
+        null=True, blank=True, help_text="Answers at once; empty: LMWEB_USER_RUNNING_LIMIT, 0: any number."
+    )
+    waiting_limit = models.PositiveIntegerField(
+        null=True, blank=True, help_text="Requests that may wait beside them; empty: LMWEB_USER_WAITING_LIMIT, 0: any number."
+    )
+
     objects: ClassVar[UserManager] = UserManager()
 
     @property

@@ -22,7 +22,8 @@ from redis.exceptions import RedisError
 
 from lmweb.access import Action, Principal, require
 from lmweb.db import run_db
-from lmweb.errors import InvalidRequest, ModelNotFound, NotFound
+from lmweb.errors import InvalidRequest, ModelNotFound, NotFound, TooManyRequests
+from lmweb.models import User
 from models_app.drafts import check_draft
 from models_app.models import Generation, InstalledModel
 from workers import dispatch, stream
@@ -50,11 +51,12 @@ def resolve_model(principal: Principal, name: str) -> InstalledModel:
 def start_generation(*, principal: Principal, request: AnyRequest, source: str, generation_id: uuid.UUID | None = None) -> Generation:
     """Check, write the row (``queued``) and send it to a node once the transaction commits. Returns at once.
 
-    Raises ``PermissionDenied``, ``ModelNotFound``, or ``InvalidRequest`` for a chat with a model that only makes embeddings (a
+    Raises ``PermissionDenied``, ``TooManyRequests``, ``ModelNotFound``, or ``InvalidRequest`` for a chat with a model that only makes embeddings (a
     language model does both) and for a draft model that does not match. What is wrong with the prompt itself (too long, refused by the chat
     template) is known to the runner only and arrives as an ``error`` event.
     """
     require(principal, Action.GENERATE)
+    _require_room(principal.user)
     model = resolve_model(principal, request.model)
     if model.type == InstalledModel.Type.EMBEDDING and isinstance(request, GenerationRequest):
         raise InvalidRequest(f"{model.key} is an embedding model: it turns texts into vectors and cannot chat.", param="model")
@@ -76,6 +78,22 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
     if node:
         transaction.on_commit(partial(_dispatch, generation.id, node.name))
     return generation
+
+
+def _require_room(user: User) -> None:
+    """Raise ``TooManyRequests`` if so many requests of this person wait that no more may.
+
+    Requests that arrive at the same instant may each see the last place free.
+    """
+    running = settings.USER_RUNNING_LIMIT if user.running_limit is None else user.running_limit
+    waiting = settings.USER_WAITING_LIMIT if user.waiting_limit is None else user.waiting_limit
+    if not running or not waiting:
+        return
+    if Generation.objects.unfinished().filter(user=user).count() >= running + waiting:
+        raise TooManyRequests(
+            f"You have {running + waiting} requests running and waiting, as many as you may have. Try again when some have ended.",
+            details={"running_limit": running, "waiting_limit": waiting},
+        )
 
 
 def _dispatch(generation_id: uuid.UUID, node: str) -> None:

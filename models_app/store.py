@@ -45,15 +45,15 @@ RETURNING g.id, g.cancel_requested
 
 _CLAIM_COLUMNS = (
     "id", "user_id", "request", "resumes", "seq", "content", "reasoning", "output_tokens", "tool_calls", "cancel_requested",
-    "model_id", "model_key", "model_format", "model_path", "chat_template",
+    "model_id", "model_key", "model_format", "model_path", "chat_template", "running_limit",
 )  # fmt: skip
 _CLAIM = """
 UPDATE models_app_generation AS g
 SET status = 'running', node = %s, incarnation = %s, lease_until = %s, started_at = %s
-FROM models_app_installedmodel AS m
-WHERE g.id = %s AND g.status = 'queued' AND m.id = g.model_id
+FROM models_app_installedmodel AS m, lmweb_user AS u
+WHERE g.id = %s AND g.status = 'queued' AND m.id = g.model_id AND u.id = g.user_id
 RETURNING g.id, g.user_id, g.request, g.resumes, g.seq, g.content, g.reasoning, g.output_tokens, g.tool_calls, g.cancel_requested,
-          m.id, m.key, m.format, m.path, m.chat_template_override
+          m.id, m.key, m.format, m.path, m.chat_template_override, COALESCE(u.running_limit, %s)
 """
 
 
@@ -120,7 +120,7 @@ class DjangoStore:
         now = timezone.now()
         lease = now + timedelta(seconds=LEASE_SECONDS)
         with _brief(durable=False), connection.cursor() as cursor:
-            cursor.execute(_CLAIM, [self.node_name, self.incarnation, lease, now, generation_id])
+            cursor.execute(_CLAIM, [self.node_name, self.incarnation, lease, now, generation_id, settings.USER_RUNNING_LIMIT])
             row = cursor.fetchone()
             if row is None:
                 self._refuse_without_model(generation_id)
@@ -309,6 +309,7 @@ def _claim(row: dict[str, Any]) -> Claim:
             chat_template=row["chat_template"],
         ),
         identifier=request.model,
+        running_limit=row["running_limit"],
         request=request,
         resumes=row["resumes"],
         seq=row["seq"],

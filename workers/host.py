@@ -25,6 +25,7 @@ from workers.events import (
     QueueUpdate,
     Stats,
 )
+from workers.fairness import Hold, PersonalLimits
 from workers.memory import machine_memory
 from workers.protocol import Embed, Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
 from workers.relay import ENTRY_SECONDS, Live, StreamWriter, end_events, interrupted
@@ -39,6 +40,7 @@ MAX_RESUMES = 2
 SAVE_SECONDS = 1.0
 KEEP_SECONDS = 0.25
 HEARTBEAT_SECONDS = 2.0
+TELL_SECONDS = 1.0
 #: Between two attempts to register at start.
 REGISTER_SECONDS = 0.5
 
@@ -63,6 +65,8 @@ class Host:
         self._writer = StreamWriter(redis_url)
         self._lock = self.runners.lock
         self._lives: dict[str, Live] = {}
+        self._limits = PersonalLimits()
+        self._told: dict[str, Hold] = {}
         self._ends: list[tuple[Live, Outcome]] = []
         self._wake_saver = threading.Event()
         self._stopping = threading.Event()
@@ -104,7 +108,7 @@ class Host:
         elif claim.resumes > MAX_RESUMES:
             self._fail(live, interrupted("The answer was interrupted too often. What had been written is kept."))
         else:
-            self._place(live)
+            self._admit(live)
 
     def cancel(self, generation_id: str) -> None:
         """Stop a generation if it is ours; waiting ones end at once, running ones with the next step."""
@@ -144,6 +148,42 @@ class Host:
             logger.warning("could not give generations back, the reaper will find them: %s", error)
 
     # --- placing -------------------------------------------------------------------------------------------------------
+
+    def _admit(self, live: Live) -> None:
+        """Place a generation, or hold it back while its person has as many running as they may."""
+        with self._lock:
+            if live.ended:
+                return
+            claim = live.claim
+            if self._limits.enter(claim.owner, live.id, lane=claim.request.lane, limit=claim.running_limit):
+                self._place(live)
+            else:
+                self._tell_held()
+
+    def _leave(self, live: Live) -> None:
+        """Give the place of a generation that has ended to what its person has waiting. Called under the lock."""
+        if self._stopping.is_set():
+            return
+        seconds = time.monotonic() - live.running_since
+        for generation_id in self._limits.leave(live.claim.owner, live.id, seconds=seconds):
+            self._told.pop(generation_id, None)
+            freed = self._lives[generation_id]
+            freed.running_since = time.monotonic()
+            self._place(freed)
+
+    def _tell_held(self) -> None:
+        """Tell those that are held back by their person's limit where they stand, if that has changed."""
+        with self._lock:
+            holds = self._limits.holds()
+            changed = {generation_id: hold for generation_id, hold in holds.items() if self._told.get(generation_id) != hold}
+            self._told = holds
+            lives = [self._lives[generation_id] for generation_id in changed]
+            for live in lives:
+                hold = changed[live.id]
+                with live.lock:
+                    update = QueueUpdate(position=hold.position, reason=hold.reason, eta_seconds=hold.eta_seconds)
+                    live.add([*self._begin(live), update])
+        self._write(lives)
 
     def _place(self, live: Live) -> None:
         """Give a generation to a runner of its model, or let it wait until there is one."""
@@ -352,6 +392,7 @@ class Host:
             if live.ended:
                 return
             live.ended = True
+            self._leave(live)
         self._write([live])
         with live.lock:
             outcome = Outcome(live.progress(), status, stats, error, drop_inputs=live.is_embedding)
@@ -419,6 +460,7 @@ class Host:
         with self._lock:
             live.ended = True
             self._lives.pop(live.id, None)
+            self._leave(live)
             runner = self.runners.of(live.id)
             self.runners.withdraw(live)
             if runner is not None:
@@ -427,11 +469,14 @@ class Host:
             runner.cancel(live.id)
 
     def _keep_loop(self) -> None:
-        """Refill Redis after it was away, send the heartbeat, unload idle models."""
-        beat_at = 0.0
+        """Refill Redis after it was away, tell who is held back, send the heartbeat, unload idle models."""
+        beat_at = told_at = 0.0
         while not self._stopping.wait(KEEP_SECONDS):
             if self._writer.is_behind:
                 self._refill()
+            if time.monotonic() - told_at >= TELL_SECONDS:
+                told_at = time.monotonic()
+                self._tell_held()
             if time.monotonic() - beat_at >= HEARTBEAT_SECONDS:
                 beat_at = time.monotonic()
                 self._try_store(lambda: self.store.heartbeat(free_memory_bytes=machine_memory()[0]))

@@ -60,6 +60,7 @@ class Live:
     entry_at: float = 0.0
     saved_seq: int = -1
     started_at: float = field(default_factory=time.monotonic)
+    running_since: float = field(default_factory=time.monotonic)
     load_seconds: float | None = None
     ended: bool = False
     cancelled: bool = False

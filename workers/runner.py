@@ -388,7 +388,7 @@ class QueueReport:
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._seconds_per_generation = 0.0
-        self._told: dict[str, int] = {}
+        self._told: dict[str, tuple[int, bool]] = {}
         self._told_at = 0.0
 
     def note_end(self, seconds: float) -> None:
@@ -401,13 +401,13 @@ class QueueReport:
         if now - self._told_at < QUEUE_REPORT_SECONDS:
             return
         self._told_at = now
-        positions = {sequence.id: position for position, sequence in enumerate(queue())}
-        for generation_id, position in positions.items():
-            if self._told.get(generation_id) != position:
+        is_known = self._seconds_per_generation > 0
+        standing = {sequence.id: (position, is_known) for position, sequence in enumerate(queue())}
+        for generation_id, (position, _) in standing.items():
+            if self._told.get(generation_id) != standing[generation_id]:
                 eta = round((position + 1) * self._seconds_per_generation / self._slots, 1) or None
-                reason = "You are next." if not position else f"{position} ahead of you."
-                yield generation_id, QueueUpdate(position=position, reason=reason, eta_seconds=eta)
-        self._told = positions
+                yield generation_id, QueueUpdate(position=position, reason="The model is busy with other answers.", eta_seconds=eta)
+        self._told = standing
 
 
 class StepLog:

@@ -53,7 +53,10 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A generation that this worker owns now, with what an earlier worker got done of it."""
+    """A generation that this worker owns now, with what an earlier worker got done of it.
+
+    ``running_limit`` is how many its owner may have running at once, 0 for any number.
+    """
 
     id: str
     owner: str
@@ -68,6 +71,7 @@ class Claim:
     output_tokens: list[int] = field(default_factory=list)
     cancelled: bool = False
     draft: DraftFile | None = None
+    running_limit: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,7 +235,7 @@ def _written(translator: translate.ChunkTranslator, happening: Happening) -> Ite
     for event in events:
         match event:
             case QueueUpdate():
-                yield sse.comment(f"queue position {event.position}")
+                yield sse.comment(translate.queue_comment(event))
             case ModelLoadProgress():
                 yield sse.comment(f"loading the model {event.progress:.0%}")
             case PromptProcessingProgress():

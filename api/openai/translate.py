@@ -42,6 +42,7 @@ from workers.events import (
     Error,
     ErrorInfo,
     MessageDelta,
+    QueueUpdate,
     ReasoningDelta,
     Snapshot,
     Stats,
@@ -271,6 +272,12 @@ def draft_stats(stats: Stats) -> DraftStats | msgspec.UnsetType:
         rejected_draft_tokens_count=stats.rejected_draft_tokens_count or 0,
         ignored_draft_tokens_count=stats.ignored_draft_tokens_count or 0,
     )
+
+
+def queue_comment(event: QueueUpdate) -> str:
+    """Return where a request stands, for the people who read a stream: position (0 is next), estimated wait, reason."""
+    wait = "" if event.eta_seconds is None else f", about {max(1, round(event.eta_seconds))} s"
+    return f"queue position {event.position}{wait}: {' '.join(event.reason.split())}"
 
 
 def error_of(info: ErrorInfo) -> LmwebError:

@@ -131,6 +131,22 @@ async def test_an_early_failure_is_an_http_error_in_both_modes(token: str) -> No
         }
 
 
+async def test_too_many_requests_are_told_when_to_come_back(token: str) -> None:
+    from lmweb.models import User
+
+    await run_db(User.objects.update, running_limit=1, waiting_limit=1)
+    waiting = [begin(token), begin(token, stream=True)]
+    await hand(2)
+    refused = await begin(token, stream=True).done()
+    assert refused.status == 429
+    assert refused.headers["retry-after"] == "5"
+    assert (refused.error()["type"], refused.error()["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    await run_db(Generation.objects.update, status="completed")
+    begin(token)
+    await hand(3)
+    assert len(waiting) == 2
+
+
 async def test_a_late_failure_keeps_the_text_and_ends_with_an_error_event(token: str) -> None:
     request = begin(token, stream=True)
     worker = await hand()
@@ -151,8 +167,8 @@ async def test_waiting_is_visible_as_comments(token: str, monkeypatch: pytest.Mo
     monkeypatch.setattr("api.openai.routes.KEEP_ALIVE_SECONDS", 0.2)
     request = begin(token, stream=True)
     worker = await hand()
-    await run_db(worker.write, QueueUpdate(position=2, reason="busy"))
-    await request.until(": queue position 2\n\n")
+    await run_db(worker.write, QueueUpdate(position=2, reason="Busy.", eta_seconds=8.4))
+    await request.until(": queue position 2, about 8 s: Busy.\n\n")
     await run_db(worker.write, ModelLoadProgress(model_instance_id="acme/tiny", progress=0.43))
     await request.until(": loading the model 43%\n\n")
     await request.until(": keep-alive\n\n")

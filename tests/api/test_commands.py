@@ -102,6 +102,14 @@ def test_user_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, name: str, pa
     assert not User.objects.exists()
 
 
+def test_limits_of_a_person(owner: User) -> None:
+    assert run("user", "limits", "owner") == "owner: running default, waiting default.\n"
+    assert run("user", "limits", "owner", "--running", "2", "--waiting", "0") == "owner: running 2, waiting any number.\n"
+    assert run("user", "limits", "owner", "--running", "default") == "owner: running default, waiting any number.\n"
+    assert "whole number" in fails("user", "limits", "owner", "--running", "-1")
+    assert "no account" in fails("user", "limits", "nobody")
+
+
 def test_without_a_server_the_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMWEB_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "lmweb.settings")

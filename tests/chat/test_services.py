@@ -15,7 +15,7 @@ from chat.models import Chat, Message
 from chat.prompting import build_request
 from lmweb.access import Principal
 from lmweb.celery import app
-from lmweb.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, PermissionDenied
+from lmweb.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, PermissionDenied, TooManyRequests
 from models_app.models import Generation
 from tests.chat import worker
 
@@ -58,6 +58,18 @@ def test_sending_again_changes_nothing(me: Principal, model: InstalledModel) -> 
     first, second = send(me, message_id=message_id), send(me, message_id=message_id)
     assert (first.chat, first.question, first.answer) == (second.chat, second.question, second.answer)
     assert (Chat.objects.count(), Message.objects.count(), Generation.objects.count()) == (1, 2, 1)
+
+
+def test_a_message_beyond_the_limit_is_refused_and_leaves_nothing(me: Principal, model: InstalledModel) -> None:
+    me.user.running_limit = me.user.waiting_limit = 1
+    me.user.save()
+    assert send(me)
+    assert send(me)
+    with pytest.raises(TooManyRequests, match="2 requests"):
+        send(me)
+    assert (Chat.objects.count(), Generation.objects.count()) == (2, 2)
+    me.user.waiting_limit = 0
+    assert send(me)
 
 
 def test_the_same_message_twice_at_the_same_moment_is_stored_once(me: Principal, model: InstalledModel) -> None:

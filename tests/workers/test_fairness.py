@@ -10,7 +10,7 @@ import pytest
 from tests.micro_models import make_micro
 from workers.engines import registry
 from workers.engines.base import Sequence
-from workers.fairness import AGEING_SECONDS, FairShare
+from workers.fairness import AGEING_SECONDS, FairShare, PersonalLimits
 from workers.schemas import Lane, LoadConfig, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, repeat_penalty=1.0, seed=1)
@@ -67,6 +67,31 @@ def test_the_greedy_make_room_and_others_do_not() -> None:
     assert FairShare.victim(item("a9", "a", at=9), many, now=9) is None
     watched = [item(f"a{i}", "a", lane=Lane.INTERACTIVE, at=i) for i in range(3)]
     assert FairShare.victim(newcomer, watched, now=9) is None, "a program does not interrupt somebody's chat"
+
+
+def test_a_person_has_only_so_many_at_once() -> None:
+    limits = PersonalLimits()
+    assert [limits.enter("a", f"a{i}", lane=Lane.API, limit=2) for i in range(4)] == [True, True, False, False]
+    assert not limits.enter("a", "chat", lane=Lane.INTERACTIVE, limit=2)
+    assert limits.enter("b", "b0", lane=Lane.API, limit=2), "others are not concerned"
+    assert {name: hold.position for name, hold in limits.holds().items()} == {"chat": 0, "a2": 1, "a3": 2}
+    assert limits.holds()["a2"].eta_seconds is None
+    assert limits.leave("a", "a1", seconds=4.0) == ["chat"]
+    hold = limits.holds()["a3"]
+    assert (hold.position, hold.eta_seconds) == (1, 4.0)
+    assert hold.reason == "You have 2 answers running, as many as you may have at once."
+    assert limits.leave("a", "a3") == [], "one that is held back may leave too"
+    assert limits.leave("a", "chat") == ["a2"]
+    assert limits.leave("a", "unknown") == []
+    assert limits.leave("a", "a0") == limits.leave("a", "a2") == limits.leave("b", "b0") == []
+    assert limits.holds() == limits._people == {}
+
+
+def test_a_limit_that_is_raised_lets_more_in() -> None:
+    limits = PersonalLimits()
+    assert [limits.enter("a", f"a{i}", lane=Lane.API, limit=1) for i in range(3)] == [True, False, False]
+    assert limits.enter("a", "a3", lane=Lane.API, limit=0)
+    assert limits.leave("a", "a3") == ["a1", "a2"]
 
 
 @pytest.mark.parametrize("slots", [2, 4])

@@ -11,17 +11,18 @@ from django.contrib.auth.password_validation import validate_password
 from django.core.exceptions import ValidationError
 from django.core.management.base import CommandParser
 
-from lmweb.errors import InvalidRequest
+from lmweb.errors import InvalidRequest, NotFound
 from lmweb.management.base import PlainCommand
 from lmweb.models import Role, User
 
 MAX_PASSWORD_LENGTH = 4096
+MAX_LIMIT = 1_000_000
 
 
 class Command(PlainCommand):
-    """Create and list accounts."""
+    """Create and list accounts, and limit what each may have running."""
 
-    help = "Create and list accounts."
+    help = "Create and list accounts, and limit what each may have running."
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Define the subcommands."""
@@ -34,6 +35,11 @@ class Command(PlainCommand):
         listing = subcommands.add_parser("list", help="list accounts")
         listing.add_argument("--json", action="store_true", help="print JSON")
         listing.set_defaults(run=self.list)
+        limits = subcommands.add_parser("limits", help="set how many answers a person may have running and waiting")
+        limits.add_argument("name", metavar="NAME", help="whose")
+        for kind in ("running", "waiting"):
+            limits.add_argument(f"--{kind}", metavar="N", help=f"how many may be {kind}; 0: any number; 'default': the installation's")
+        limits.set_defaults(run=self.limits)
 
     def create(self, options: dict[str, Any]) -> None:
         """Create an account."""
@@ -48,6 +54,22 @@ class Command(PlainCommand):
         user.save()
         self.stdout.write(f"Created the account '{user.get_username()}' ({user.get_role_display()}).")
 
+    def limits(self, options: dict[str, Any]) -> None:
+        """Set a person's limits, or show them."""
+        user = User.objects.filter(username=options["name"]).first()
+        if user is None:
+            raise NotFound(f"There is no account '{options['name']}'.")
+        if options["running"] is not None:
+            user.running_limit = _limit(options["running"])
+        if options["waiting"] is not None:
+            user.waiting_limit = _limit(options["waiting"])
+        user.save(update_fields=["running_limit", "waiting_limit"])
+        shown = [
+            f"{kind} {'default' if limit is None else limit or 'any number'}"
+            for kind, limit in (("running", user.running_limit), ("waiting", user.waiting_limit))
+        ]
+        self.stdout.write(f"{user.get_username()}: {', '.join(shown)}.")
+
     def list(self, options: dict[str, Any]) -> None:
         """List accounts."""
         people = [
@@ -60,6 +82,14 @@ class Command(PlainCommand):
             self.stdout.write(f"{person['role']:<8}  {person['name']}{'' if person['active'] else '  (not active)'}")
         if not people:
             self.stdout.write("There are no accounts. The server prints a set-up link when it starts without an admin.")
+
+
+def _limit(text: str) -> int | None:
+    if text == "default":
+        return None
+    if not text.isdecimal() or int(text) > MAX_LIMIT:
+        raise InvalidRequest(f"A limit is a whole number up to {MAX_LIMIT}, or 'default', not '{text}'.")
+    return int(text)
 
 
 def _password_from_stdin() -> str:

@@ -101,9 +101,9 @@ const handlers = {
     if (chatId === page.chatId) location.assign("/");
   },
 
-  error: ({ ref, message, retryable }) => {
+  error: ({ ref, code, message, retryable }) => {
     const waiting = outbox.get(ref);
-    if (waiting && retryable) return setTimeout(() => transport.send(waiting), 1_000);
+    if (waiting && retryable && code !== "rate_limit_exceeded") return setTimeout(() => transport.send(waiting), 1_000);
     if (!waiting) return toast(message, "bad");
     outbox.delete(ref);
     conversation.remove(ref);

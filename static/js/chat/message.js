@@ -282,7 +282,7 @@ export class Answer extends MessageView {
 
 function queueText({ position, reason, eta_seconds: eta }) {
   const place = position > 0 ? `${position} ahead of you` : "You are next";
-  const why = reason ? ` · ${reason}` : "";
+  const why = reason ? ` · ${reason.replace(/\.$/, "")}` : "";
   return `${place}${why}${eta == null ? "" : ` · about ${Math.max(1, Math.round(eta))} s`}`;
 }
 
