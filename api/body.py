@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import re
+from typing import TypeVar
+
 import msgspec
 from django.http import HttpRequest, HttpResponse
 
 from lmweb.errors import InvalidRequest
 
+T = TypeVar("T")
+
 _encoder = msgspec.json.Encoder()
+_FAULT = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<where>.*)`)?$", re.DOTALL)
+_FIELD = re.compile(r"^Object (?P<fault>missing required|contains unknown) field `(?P<field>[^`]*)`")
+
+
+def decode(request: HttpRequest, kind: type[T]) -> T:
+    """Return the JSON body as a struct. Raises ``InvalidRequest`` that names the field at fault."""
+    try:
+        return msgspec.json.decode(json_body(request), type=kind)
+    except msgspec.ValidationError as error:
+        raise _in_words(str(error)) from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
+    except ValueError as error:  # malformed JSON, or bytes that are no UTF-8
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+
+
+def _in_words(message: str) -> InvalidRequest:
+    fault = _FAULT.match(message)
+    what, where = (fault["what"], fault["where"] or "") if fault else (message, "")
+    field = _FIELD.match(what)
+    if field is None:
+        return InvalidRequest(f"'{where}': {what}." if where else f"{what}.", param=where or None)
+    name = f"{where}.{field['field']}".lstrip(".")[:200]
+    known = "is missing" if field["fault"].startswith("missing") else "is not a field of this request"
+    return InvalidRequest(f"'{name}' {known}.", param=name)
 
 
 def json_body(request: HttpRequest) -> bytes:

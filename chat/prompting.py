@@ -53,6 +53,7 @@ def build_request(chat: Chat, *, model: str, last: uuid.UUID) -> GenerationReque
         model=model,
         messages=turns,
         sampling=sampling_of(chat.sampling),
+        given=frozenset(chat.sampling),
         context_overflow=cast("OverflowPolicy", chat.context_overflow),  # nothing else is stored
         lane=Lane.INTERACTIVE,
     )

@@ -22,8 +22,8 @@ from chat.selectors import chat_models, default_model
 from lmweb.access import Action, Principal
 from lmweb.errors import InvalidRequest
 from models_app.generations import resolve_model
+from models_app.loading import request_load, request_unload
 from models_app.models import ModelInstance
-from models_app.services import request_load, request_unload
 from workers.schemas import SamplingParams
 
 LIST_SIZE = 60

@@ -28,6 +28,7 @@ class Action(StrEnum):
     REQUEST_DOWNLOADS = "request_downloads"
     DECIDE_REQUESTS = "decide_requests"
     CHANGE_TEMPLATES = "change_templates"
+    CHANGE_DEFAULTS = "change_defaults"
     MANAGE_PEOPLE = "manage_people"
     MANAGE_WORKERS = "manage_workers"
 
@@ -50,6 +51,7 @@ SCOPE_ACTIONS: dict[str, set[Action]] = {
         Action.REQUEST_DOWNLOADS,
         Action.DECIDE_REQUESTS,
         Action.CHANGE_TEMPLATES,
+        Action.CHANGE_DEFAULTS,
     },
 }
 

@@ -9,9 +9,13 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError
+from tqdm import tqdm
 
 from lmweb.errors import InvalidRequest, LmwebError, ModelNotFound
+from models_app import memory
+from models_app.loading import LoadPlan
 from models_app.models import InstalledModel, ModelInstance
+from workers.schemas import LoadConfig
 
 
 class ModelCommand(BaseCommand):
@@ -44,14 +48,15 @@ class ModelCommand(BaseCommand):
         for line in lines:
             self.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
-    def progress(self, text: str) -> None:
-        """Show where a long act stands, on one line that is overwritten; nothing when nobody watches."""
-        if sys.stderr.isatty():
-            self.stderr.write(f"\r\x1b[K{text}", ending="")
+    def print_lines(self, lines: Iterable[str]) -> None:
+        """Print text."""
+        for line in lines:
+            self.stdout.write(line)
 
-    def end_progress(self) -> None:
-        """Clear that line."""
-        self.progress("")
+    @staticmethod
+    def bar(**options: Any) -> tqdm[Any]:
+        """Return a progress bar on standard error that disappears at the end; nothing is shown when nobody watches."""
+        return tqdm(file=sys.stderr, leave=False, dynamic_ncols=True, disable=None, **options)
 
 
 def find_model(text: str) -> InstalledModel:
@@ -68,6 +73,79 @@ def find_model(text: str) -> InstalledModel:
             raise InvalidRequest(f"Several models are called '{text}': {', '.join(m.key for m in candidates)}. Name the publisher too.")
     known = list(InstalledModel.objects.values_list("key", flat=True)[:10])
     raise ModelNotFound(f"There is no model '{text}'. " + (f"Installed: {', '.join(known)}." if known else "None is installed."))
+
+
+def model_choices() -> list[str]:
+    """Return what ``choose`` offers to load."""
+    return list(InstalledModel.objects.values_list("key", flat=True))
+
+
+def choose(question: str, choices: list[str], *, ask: bool = True) -> str:
+    """Return which of these the person at the terminal wants. Raises ``InvalidRequest`` where nobody can be asked."""
+    if not choices:
+        raise ModelNotFound("There is none to choose from.")
+    if not ask or not sys.stdin.isatty():
+        raise InvalidRequest(f"{question} Name it: {', '.join(choices[:10])}.")
+    for number, name in enumerate(choices, 1):
+        sys.stderr.write(f"{number:3}  {name}\n")
+    sys.stderr.write(f"{question} ")
+    sys.stderr.flush()
+    answer = sys.stdin.readline().strip()
+    if answer.isdigit() and 1 <= int(answer) <= len(choices):
+        return choices[int(answer) - 1]
+    if answer in choices:
+        return answer
+    raise InvalidRequest(f"'{answer}' is none of them.")
+
+
+VERDICTS = {
+    "fits": "This model may be loaded: it fits into the memory that is free.",
+    "unknown": "How much of it fits on the GPU is known to the engine only.",
+    "too_large": "This model cannot be loaded like this: there is not enough memory, even if everything that may leave were unloaded.",
+}
+
+
+def plan_info(model: InstalledModel, config: LoadConfig, plan: LoadPlan) -> dict[str, Any]:
+    """Return what a load would take, for programs."""
+    found = plan.estimate
+    return {
+        "modelKey": model.key,
+        "contextLength": memory.complete(config, model.max_context_length).context_length,
+        "parallel": config.parallel,
+        "neededBytes": found.needed_bytes,
+        "weightsBytes": found.weights_bytes,
+        "repackedBytes": found.repacked_bytes,
+        "kvBytes": found.kv_bytes,
+        "computeBytes": found.compute_bytes,
+        "measuredBytes": found.measured_bytes,
+        "node": plan.node.name,
+        "freeBytes": plan.free_bytes,
+        "availableBytes": plan.available_bytes,
+        "verdict": plan.verdict,
+        "wouldUnload": [
+            {"identifier": each.instance.identifier, "memoryBytes": each.memory_bytes, "generating": each.running, "queued": each.queued}
+            for each in plan.leavers
+        ],
+    }
+
+
+def plan_lines(model: InstalledModel, config: LoadConfig, plan: LoadPlan) -> list[str]:
+    """Return what a load would take, in words."""
+    found, context = plan.estimate, memory.complete(config, model.max_context_length).context_length
+    lines = [
+        f"Model: {model.key}, context {context}, {config.parallel} answers at once",
+        f"Estimated Total Memory: {size(found.needed_bytes)}",
+    ]
+    parts = {"weights": found.weights_bytes, "repacked for the CPU": found.repacked_bytes}
+    parts |= {"keys and values": found.kv_bytes, "computing": found.compute_bytes}
+    lines.append("  " + ", ".join(f"{name} {size(count)}" for name, count in parts.items()))
+    if found.measured_bytes:
+        lines.append(f"  It took {size(found.measured_bytes)} when it was loaded like this.")
+    lines.append(f"{plan.node.name} has {size(plan.free_bytes)} free, {size(plan.available_bytes)} of it for models.")
+    if plan.verdict == "swap":
+        leaving = ", ".join(f"{each.instance.identifier} ({size(each.memory_bytes)})" for each in plan.leavers)
+        return [*lines, f"Estimate: it fits after unloading {leaving}; load --make-room does that."]
+    return [*lines, f"Estimate: {VERDICTS[plan.verdict]}"]
 
 
 def size(count: int) -> str:
@@ -109,4 +187,7 @@ def instance_info(instance: ModelInstance) -> dict[str, Any]:
         "error": instance.error or None,
         "contextLength": instance.config.get("context_length"),
         "memoryBytes": instance.memory_bytes,
+        "ttlMs": None if instance.ttl_seconds is None else instance.ttl_seconds * 1000,
+        "lastUsedTime": int(instance.last_used_at.timestamp() * 1000),
+        "pinned": instance.pinned,
     }

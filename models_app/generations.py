@@ -24,6 +24,7 @@ from lmweb.access import Action, Principal, require
 from lmweb.db import run_db
 from lmweb.errors import InvalidRequest, ModelNotFound, NotFound, TooManyRequests
 from lmweb.models import User
+from models_app.defaults import with_defaults
 from models_app.drafts import check_draft
 from models_app.models import Generation, InstalledModel
 from workers import dispatch, stream
@@ -37,7 +38,7 @@ DISPATCH_SECONDS = 5
 
 def resolve_model(principal: Principal, name: str) -> InstalledModel:
     """Return the visible model of this key (any case) or loaded-instance identifier. Raises ``ModelNotFound``."""
-    visible = InstalledModel.objects.visible_to(principal).only("key", "publisher", "type", "created_at")
+    visible = InstalledModel.objects.visible_to(principal).only("key", "publisher", "type", "created_at", "inference_defaults")
     if "\x00" not in name:
         found = visible.filter(key=name).first() or visible.filter(instances__identifier=name).first()
         found = found or visible.annotate(lower=Lower("key")).filter(lower=name.lower()).first()
@@ -71,7 +72,7 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
             source=source,
             model=model,
             model_key=model.key,
-            request=request_to_builtins(request),
+            request=request_to_builtins(with_defaults(request, model)),
             node=node.name if node else "",
             lease_until=timezone.now() + timedelta(seconds=DISPATCH_SECONDS) if node else None,
         )

@@ -1,4 +1,4 @@
-"""The writers of models on disk and in memory: pages, APIs and commands call these and nothing else."""
+"""The writers of models on disk: pages, APIs and commands call these and nothing else. Of models in memory: ``loading``."""
 
 from __future__ import annotations
 
@@ -9,21 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import msgspec
 from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.db.models import Count
 
 from lmweb.access import Action, Principal, require
-from lmweb.errors import Conflict, InvalidModelFile, InvalidRequest, ServiceUnavailable, TemplateError
+from lmweb.errors import Conflict, InvalidModelFile, TemplateError
 from lmweb.models import User
-from models_app import gguf, naming, placement
-from models_app.drafts import check_draft
+from models_app import gguf, loading, naming, placement
 from models_app.models import Generation, InstalledModel, ModelFile, ModelInstance
 from models_app.placement import Mode
-from workers import dispatch
-from workers.models import WorkerNode
-from workers.schemas import LoadConfig
 from workers.template_preview import TemplatePreview, preview
 
 logger = logging.getLogger(__name__)
@@ -209,7 +204,7 @@ def delete_model(*, principal: Principal | None, model: InstalledModel) -> None:
         require(principal, Action.DELETE_MODELS)
     _refuse_while_generating(model)
     for instance in ModelInstance.objects.filter(model=model):
-        _unload(instance)
+        loading.unload(instance)
     _wait_until_unloaded(model)
     with transaction.atomic():
         locked = InstalledModel.objects.select_for_update().filter(pk=model.pk).first()
@@ -305,73 +300,3 @@ def _template_text(text: str) -> str:
         raise TemplateError("The chat template contains a NUL character.", param="chat_template")
     text = text.replace("\r\n", "\n")
     return text if text.strip() else ""
-
-
-# --- in memory --------------------------------------------------------------------------------------------------------
-
-
-def request_load(
-    *, principal: Principal | None, model: InstalledModel, config: LoadConfig | None = None, identifier: str | None = None
-) -> ModelInstance:
-    """Have a model loaded on the node that suits it best. Returns the row at once; its status tells how it goes on.
-
-    Raises ``PermissionDenied``, ``InvalidRequest`` for a context longer than the model's or a draft model with another vocabulary,
-    ``Conflict`` for an identifier in use and ``ServiceUnavailable`` when no worker runs.
-    """
-    if principal:
-        require(principal, Action.LOAD_MODELS)
-    config = config or LoadConfig()
-    if config.context_length is not None and config.context_length > model.max_context_length:
-        raise InvalidRequest(
-            f"{model.key} was made for at most {model.max_context_length} tokens of context, not {config.context_length}.",
-            param="context_length",
-        )
-    if config.draft_model:
-        config = msgspec.structs.replace(config, draft_model=check_draft(principal, model, config.draft_model).key)
-    if not model.file.is_file():
-        raise Conflict(f"The file of {model.key} is missing on the server ({model.path}). Import it again.")
-    name = naming.check_identifier(identifier) if identifier else model.key
-    node = dispatch.choose_node(model.pk)
-    if node is None:
-        raise ServiceUnavailable("No worker is running that could load a model. Look at the server's terminal or log.")
-    try:
-        with transaction.atomic():
-            _require_free_identifier(name, model)
-            instance = ModelInstance.objects.create(identifier=name, model=model, node=node, config=msgspec.to_builtins(config))
-            transaction.on_commit(lambda: _send(dispatch.LOAD, instance))
-    except IntegrityError:
-        raise Conflict(f"'{name}' is loaded already.", param="identifier") from None
-    return instance
-
-
-def _require_free_identifier(name: str, model: InstalledModel) -> None:
-    """Raise ``Conflict`` if requests could not tell this identifier from another; an attempt that failed makes room."""
-    ModelInstance.objects.filter(identifier=name, status=ModelInstance.Status.FAILED).delete()
-    taken = ModelInstance.objects.filter(identifier=name).first()
-    if taken is not None:
-        state = "is loaded already" if taken.status == ModelInstance.Status.READY else f"is {taken.status} already"
-        raise Conflict(f"'{name}' {state}. Unload it first, or choose another identifier.", param="identifier")
-    if InstalledModel.objects.filter(key__iexact=name).exclude(pk=model.pk).exists():
-        raise Conflict(f"'{name}' is the name of another model. Choose another identifier.", param="identifier")
-
-
-def request_unload(*, principal: Principal | None, instance: ModelInstance) -> None:
-    """Have a loaded model unloaded; its row disappears when its process has ended. Raises ``PermissionDenied``."""
-    if principal:
-        require(principal, Action.LOAD_MODELS)
-    _unload(instance)
-
-
-def _unload(instance: ModelInstance) -> None:
-    """Ask the node to unload. Where no process can be left (a failed attempt, a dead node) the row goes at once."""
-    rows = ModelInstance.objects.filter(pk=instance.pk)
-    if instance.status == ModelInstance.Status.FAILED or not WorkerNode.objects.alive().filter(pk=instance.node_id).exists():
-        rows.delete()
-        return
-    rows.update(status=ModelInstance.Status.UNLOADING)
-    transaction.on_commit(lambda: _send(dispatch.UNLOAD, instance))
-
-
-def _send(task: str, instance: ModelInstance) -> None:
-    if not dispatch.send(task, instance.node_id, instance.pk):
-        logger.warning("%s of %s waits until the message broker is back", task, instance)

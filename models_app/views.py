@@ -21,7 +21,7 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from lmweb.access import Action, Principal, require
 from lmweb.errors import InvalidRequest, LmwebError, NotFound, PayloadTooLarge
 from lmweb.models import User
-from models_app import placement, services, uploads
+from models_app import loading, placement, services, uploads
 from models_app.forms import LoadForm
 from models_app.models import InstalledModel, ModelInstance
 
@@ -174,7 +174,7 @@ def _filtered(visible: QuerySet[InstalledModel], wanted: Filter) -> QuerySet[Ins
 def load(request: HttpRequest, model_id: int) -> HttpResponse:
     """Load a model as it is, without asking."""
     model = _model(request, model_id)
-    services.request_load(principal=_principal(request), model=model)
+    loading.request_load(principal=_principal(request), model=model)
     return _changed(request)
 
 
@@ -187,7 +187,7 @@ def load_options(request: HttpRequest, model_id: int) -> HttpResponse:
     form = LoadForm(model, request.POST or None)
     if request.method == "POST" and form.is_valid():
         try:
-            services.request_load(
+            loading.request_load(
                 principal=principal, model=model, config=form.config(), identifier=form.cleaned_data["identifier"].strip() or None
             )
         except LmwebError as error:
@@ -203,7 +203,7 @@ def unload(request: HttpRequest, instance_id: int) -> HttpResponse:
     """Unload one instance, or put away the error of one that failed."""
     instance = ModelInstance.objects.filter(pk=instance_id, model__in=InstalledModel.objects.visible_to(_principal(request))).first()
     if instance is not None:  # gone already is what was wanted
-        services.request_unload(principal=_principal(request), instance=instance)
+        loading.request_unload(principal=_principal(request), instance=instance)
     return _changed(request)
 
 

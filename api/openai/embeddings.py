@@ -20,13 +20,18 @@ FLOAT_BYTES = 4
 
 
 class EmbeddingsRequest(msgspec.Struct, frozen=True):
-    """The body. ``truncate`` is not OpenAI's: it cuts inputs that are longer than the model's context."""
+    """The body. ``truncate`` and ``ttl`` are not OpenAI's.
+
+    The first cuts inputs that are longer than the model's context; the second is LM Studio's: seconds that the model stays without
+    use if this request loads it.
+    """
 
     model: str
     input: str | list[str | int | list[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     truncate: bool | None = None
+    ttl: int | None = None
 
 
 class Embedding(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +86,13 @@ def to_embedding_request(request: EmbeddingsRequest) -> EmbeddingRequest:
             raise InvalidRequest(f"'{where}' is empty.", param="input")
         if isinstance(item, str):
             without_nul(item, "input")
-    data = {"model": request.model, "inputs": inputs, "dimensions": request.dimensions, "truncate": bool(request.truncate)}
+    data = {
+        "model": request.model,
+        "inputs": inputs,
+        "dimensions": request.dimensions,
+        "truncate": bool(request.truncate),
+        "ttl_seconds": request.ttl,
+    }
     try:
         return msgspec.convert(data, EmbeddingRequest)
     except msgspec.ValidationError as error:

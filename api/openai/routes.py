@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 
 import msgspec
+from django.conf import settings
 from django.db import transaction
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
@@ -129,7 +130,7 @@ def _visible_models(principal: Principal) -> list[Model]:
     """Return every name that a request may use: models by key, then loaded ones by the identifiers that they were given."""
     require(principal, Action.READ_MODELS)
     models = list(InstalledModel.objects.visible_to(principal))
-    names = {model.key: model for model in models}
+    names = {model.key: model for model in models} if settings.JIT else {}  # else requests reach only what is loaded
     instances = ModelInstance.objects.filter(model__in=models, status=ModelInstance.Status.READY)
     for instance in instances.select_related("model").order_by("identifier"):
         names.setdefault(instance.identifier, instance.model)

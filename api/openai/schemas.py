@@ -96,7 +96,8 @@ class ResponseFormat(msgspec.Struct, frozen=True):
 class ChatCompletionRequest(msgspec.Struct, frozen=True):
     """The body of ``POST /v1/chat/completions``. None stands for "not given" everywhere, as in OpenAI's own schema.
 
-    ``top_k``, ``min_p``, ``repeat_penalty``, ``ignore_eos``, ``draft_model``, ``chat_template_kwargs``, ``guided_regex``, ``guided_grammar`` and
+    ``ttl``, ``top_k``, ``min_p``, ``repeat_penalty``, ``ignore_eos``, ``draft_model``, ``chat_template_kwargs``, ``guided_regex``,
+    ``guided_grammar`` and
     ``grammar`` are not OpenAI's; LM Studio, llama.cpp and vLLM read them.
     """
 
@@ -132,6 +133,7 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True):
     top_logprobs: int | None = None
     service_tier: str | None = None
     reasoning_effort: str | None = None
+    ttl: int | None = None
 
     # Known to OpenAI, would change the answer, not supported: refused by name unless they ask for nothing (translate.py).
     functions: Any = None

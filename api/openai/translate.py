@@ -99,10 +99,13 @@ def parse_request(body: bytes) -> ChatCompletionRequest:
 def to_generation_request(request: ChatCompletionRequest) -> GenerationRequest:
     """Translate a request. Raises ``InvalidRequest`` for values out of range and for whatever we could not honour."""
     _refuse_unsupported(request)
+    sampling = _sampling(request)
     data = {
         "model": request.model,
         "messages": [_message(message, f"messages[{index}]") for index, message in enumerate(request.messages)],
-        "sampling": _sampling(request),
+        "sampling": sampling,
+        "given": list(sampling),
+        "ttl_seconds": request.ttl,
         "template_kwargs": _template_kwargs(request),
         "reasoning": _reasoning(request),
         "output_format": structured.output_format(request),
@@ -221,7 +224,7 @@ def invalid(error: msgspec.ValidationError, max_tokens: str = "max_tokens") -> I
     message = str(error)
     fault = _FAULT.match(message)
     what, where = (fault["what"], fault["where"].removeprefix("sampling.").removesuffix("[...]")) if fault else (message, "")
-    where = max_tokens if where == "max_tokens" else where
+    where = {"max_tokens": max_tokens, "ttl_seconds": "ttl"}.get(where, where)
     missing = _MISSING.match(what)
     if missing:
         where = f"{where}.{missing['field']}".lstrip(".")

@@ -6,20 +6,23 @@ from django.http import HttpRequest, HttpResponse
 from ninja import Router
 
 from api.auth import principal_of
-from api.body import json_body, json_response
-from api.rest_v1 import translate
+from api.body import decode, json_response
+from api.rest_v1 import models, translate
 from api.rest_v1.schemas import DownloadJob, DownloadRequest
 from lmweb.access import Action, Principal, require
 from lmweb.db import run_db
 from models_app import downloads
 
 router = Router()
+router.get("/models")(models.list_models)
+router.post("/models/load")(models.load_model)
+router.post("/models/unload")(models.unload_model)
 
 
 @router.post("/models/download")
 async def download_model(request: HttpRequest) -> HttpResponse:
     """Have a model downloaded from the Hub: a new job, the one that is under way, or word that the model is here."""
-    body = translate.parse_body(json_body(request), DownloadRequest)
+    body = decode(request, DownloadRequest)
     return json_response(await run_db(_download, principal_of(request), body))
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal
 
-import msgspec
 from django.utils import timezone
 from msgspec import UNSET
 
 from api.rest_v1.schemas import DownloadJob, ErrorBody, ErrorResponse
-from lmweb.errors import InvalidRequest, LmwebError
+from lmweb.errors import LmwebError
 from models_app.models import Download
-
-T = TypeVar("T")
 
 JobStatus = Literal["downloading", "paused", "completed", "failed"]
 
@@ -29,14 +26,6 @@ JOB_STATUSES: Final[dict[str, JobStatus]] = {
     Download.Status.FAILED: "failed",
     Download.Status.CANCELLED: "failed",
 }
-
-
-def parse_body(body: bytes, kind: type[T]) -> T:
-    """Return the request in a body. Raises ``InvalidRequest`` that names the field at fault."""
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The request is not what was expected: {error}") from None
 
 
 def already_downloaded() -> DownloadJob:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
+from tests.workers.conftest import bench  # noqa: F401  (a fixture)
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 

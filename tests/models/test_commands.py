@@ -108,7 +108,7 @@ def test_import_of_a_bad_file_is_one_line(tmp_path: Path, name: str) -> None:
     "args",
     [
         ["import_model"], ["import_model", "/nowhere.gguf"], ["import_model", "x.gguf", "--copy", "--move"], ["import_model", "x", "--starter"],
-        ["load"], ["load", "nothing"], ["load", "a\x00b"], ["unload"], ["unload", "nothing"], ["unload", "x", "--all"],
+        ["load"], ["load", "nothing"], ["load", "--yes"], ["estimate", "nothing"], ["load", "x", "--ttl", "0"], ["load", "x", "--flash-attention", "maybe"], ["load", "a\x00b"], ["unload"], ["unload", "nothing"], ["unload", "x", "--all"],
         ["load", "x", "--context-length", "0"], ["load", "x", "--context-length", "many"], ["load", "x", "--parallel", "1000"],
     ],
 )  # fmt: skip
@@ -142,6 +142,55 @@ def test_load_ps_unload(micro: Path, worker: Callable[..., None]) -> None:
     assert run("unload", "second") == "Unloaded second\n"
     assert run("unload", "--all") == "Unloaded team/model\n"
     assert run("unload", "--all") == "No model was loaded.\n"
+
+
+def test_options_of_load_are_remembered_only_when_asked(micro: Path, worker: Callable[..., None]) -> None:
+    run("import_model", str(micro), "--user-repo", "team/model")
+    worker(ready)
+    options = ["--parallel", "3", "--flash-attention", "on", "--v-cache-type", "q8_0", "--cpu-threads", "2", "--kv-cache-on-gpu", "off"]
+    run("load", "model", *options, "--ttl", "90")
+    instance = ModelInstance.objects.get()
+    config = {"parallel": 3, "flash_attention": True, "v_cache_type": "q8_0", "cpu_threads": 2, "offload_kv_cache_to_gpu": False}
+    assert instance.config == {**config, "context_length": 512}
+    assert instance.ttl_seconds == 90
+    assert "90 s" in run("ps") or "89 s" in run("ps")
+    assert json.loads(run("ps", "--json"))[0]["ttlMs"] == 90_000
+    assert InstalledModel.objects.get().load_defaults == {}
+    run("load", "model", "--parallel", "5", "--remember", "--identifier", "five")
+    assert InstalledModel.objects.get().load_defaults == {"parallel": 5}
+    run("load", "model", "--cpu-threads", "1", "--identifier", "six")
+    assert ModelInstance.objects.get(identifier="six").config == {"parallel": 5, "cpu_threads": 1, "context_length": 512}
+
+
+def test_estimates_load_nothing(micro: Path, node: WorkerNode) -> None:
+    WorkerNode.objects.update(free_memory_bytes=8_000_000_000, total_memory_bytes=10_000_000_000)
+    run("import_model", str(micro), "--user-repo", "team/model")
+    said = run("load", "model", "--estimate-only", "--context-length", "512")
+    assert "Estimated Total Memory: " in said
+    assert "may be loaded" in said
+    assert run("estimate", "model", "--context-length", "512") == said
+    facts = json.loads(run("load", "model", "--estimate-only", "--json"))
+    assert (facts["verdict"], facts["availableBytes"], facts["wouldUnload"]) == ("fits", 7_500_000_000, [])
+    assert not ModelInstance.objects.exists()
+
+
+def test_what_would_have_to_leave_is_said_and_leaves_only_when_asked(micro: Path, node: WorkerNode) -> None:
+    WorkerNode.objects.update(free_memory_bytes=600_000_000, total_memory_bytes=10_000_000_000)
+    run("import_model", str(micro), "--user-repo", "team/model")
+    model = InstalledModel.objects.get()
+    old = ModelInstance.objects.create(identifier="old", model=model, node=node, status="ready", memory_bytes=900_000_000)
+    ModelInstance.objects.create(identifier="pinned", model=model, node=node, status="ready", memory_bytes=900_000_000, pinned=True)
+    facts = json.loads(run("estimate", "model", "--json"))
+    assert facts["verdict"] == "swap"
+    assert facts["wouldUnload"] == [{"identifier": "old", "memoryBytes": 900_000_000, "generating": 0, "queued": 0}]
+    assert "fits after unloading old (900 MB); load --make-room does that" in run("estimate", "model")
+    from models_app import loading
+
+    asked = loading.request_load(principal=None, model=model, make_room=True)
+    assert asked.replaces == [old.pk]
+    assert loading.request_load(principal=None, model=model).replaces == []
+    ModelInstance.objects.filter(pk=old.pk).update(pinned=True)
+    assert "cannot be loaded like this" in run("estimate", "model")
 
 
 def test_failed_load_says_why(micro: Path, worker: Callable[..., None]) -> None:

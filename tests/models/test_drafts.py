@@ -12,8 +12,9 @@ from lmweb.access import Principal
 from lmweb.errors import InvalidRequest, ModelNotFound
 from models_app.drafts import check_draft, compatible_drafts, draft_file
 from models_app.generations import start_generation
+from models_app.loading import request_load
 from models_app.models import Generation, InstalledModel
-from models_app.services import import_file, request_load
+from models_app.services import import_file
 from tests.micro_models import make_micro, starter_vocabulary
 from workers.models import WorkerNode
 from workers.schemas import ChatMessage, GenerationRequest, LoadConfig

@@ -17,7 +17,7 @@ from django.utils import timezone
 from lmweb.access import Principal
 from lmweb.errors import Conflict, InvalidRequest, PermissionDenied, ServiceUnavailable
 from lmweb.models import ApiToken, User
-from models_app import services
+from models_app import loading, services
 from models_app.models import Generation, InstalledModel, ModelInstance
 from models_app.placement import Mode
 from tests.micro_models import make_micro
@@ -39,7 +39,7 @@ def sent(node: WorkerNode) -> list[tuple[str, list[object]]]:
 
 
 def test_load_writes_the_row_and_tells_the_node(member: Principal, model: InstalledModel, node: WorkerNode) -> None:
-    instance = services.request_load(principal=member, model=model, config=LoadConfig(context_length=512, parallel=2))
+    instance = loading.request_load(principal=member, model=model, config=LoadConfig(context_length=512, parallel=2))
     assert (instance.identifier, instance.status, instance.node, instance.jit) == ("a/micro", "loading", node, False)
     assert instance.config == {"context_length": 512, "parallel": 2}
     assert sent(node) == [("workers.tasks.load_model", (instance.pk,))]
@@ -47,7 +47,7 @@ def test_load_writes_the_row_and_tells_the_node(member: Principal, model: Instal
 
 def test_unload_marks_the_row_and_tells_the_node(member: Principal, model: InstalledModel, node: WorkerNode) -> None:
     instance = ModelInstance.objects.create(identifier="a/micro", model=model, node=node, status="ready")
-    services.request_unload(principal=member, instance=instance)
+    loading.request_unload(principal=member, instance=instance)
     instance.refresh_from_db()
     assert instance.status == "unloading"
     assert sent(node) == [("workers.tasks.unload_model", (instance.pk,))]
@@ -55,42 +55,42 @@ def test_unload_marks_the_row_and_tells_the_node(member: Principal, model: Insta
 
 def test_context_beyond_the_model_is_refused(member: Principal, model: InstalledModel, node: WorkerNode) -> None:
     with pytest.raises(InvalidRequest, match="2048"):
-        services.request_load(principal=member, model=model, config=LoadConfig(context_length=4096))
+        loading.request_load(principal=member, model=model, config=LoadConfig(context_length=4096))
     assert not ModelInstance.objects.exists()
 
 
-def test_loading_twice_is_a_conflict_but_another_identifier_is_not(member: Principal, model: InstalledModel, node: WorkerNode) -> None:
-    services.request_load(principal=member, model=model)
-    with pytest.raises(Conflict, match="loading already"):
-        services.request_load(principal=member, model=model)
-    services.request_load(principal=member, model=model, identifier="second")
-    assert ModelInstance.objects.count() == 2
+def test_further_instances_get_a_number_unless_they_are_named(member: Principal, model: InstalledModel, node: WorkerNode) -> None:
+    names = [loading.request_load(principal=member, model=model).identifier for _ in range(3)]
+    assert names == ["a/micro", "a/micro:2", "a/micro:3"]
+    assert loading.request_load(principal=member, model=model, identifier="second").identifier == "second"
+    with pytest.raises(Conflict, match="'second' is loading already"):
+        loading.request_load(principal=member, model=model, identifier="second")
 
 
 @pytest.mark.parametrize("identifier", ["../x", "a b", "a\x00", "", " ", "x" * 300, "ä"])
 def test_hostile_identifiers(member: Principal, model: InstalledModel, node: WorkerNode, identifier: str) -> None:
     if not identifier:
-        assert services.request_load(principal=member, model=model, identifier=identifier).identifier == "a/micro"
+        assert loading.request_load(principal=member, model=model, identifier=identifier).identifier == "a/micro"
         return
     with pytest.raises(InvalidRequest):
-        services.request_load(principal=member, model=model, identifier=identifier)
+        loading.request_load(principal=member, model=model, identifier=identifier)
 
 
 def test_identifier_of_another_model_is_refused(member: Principal, model: InstalledModel, node: WorkerNode, tmp_path: Path) -> None:
     services.import_file(principal=None, source=make_micro(tmp_path / "o.gguf"), user_repo="b/other")
     with pytest.raises(Conflict, match="another model"):
-        services.request_load(principal=member, model=model, identifier="B/Other")
+        loading.request_load(principal=member, model=model, identifier="B/Other")
 
 
 def test_missing_file_is_said_before_loading(member: Principal, model: InstalledModel, node: WorkerNode) -> None:
     model.file.unlink()
     with pytest.raises(Conflict, match="missing on the server"):
-        services.request_load(principal=member, model=model)
+        loading.request_load(principal=member, model=model)
 
 
 def test_failed_attempt_makes_room(member: Principal, model: InstalledModel, node: WorkerNode) -> None:
     failed = ModelInstance.objects.create(identifier="a/micro", model=model, node=node, status="failed", error="no memory")
-    assert services.request_load(principal=member, model=model).pk != failed.pk
+    assert loading.request_load(principal=member, model=model).pk != failed.pk
     assert ModelInstance.objects.count() == 1
 
 
@@ -99,12 +99,12 @@ def test_without_a_worker_loading_is_unavailable(member: Principal, model: Insta
         name="dead", incarnation="00000000-0000-0000-0000-000000000001", heartbeat_at=timezone.now() - timedelta(hours=1)
     )
     with pytest.raises(ServiceUnavailable, match="No worker"):
-        services.request_load(principal=member, model=model)
+        loading.request_load(principal=member, model=model)
 
 
 def test_instance_of_a_dead_node_goes_at_once(member: Principal, model: InstalledModel, node: WorkerNode) -> None:
     WorkerNode.objects.update(heartbeat_at=timezone.now() - timedelta(hours=1))
-    services.request_unload(principal=member, instance=ModelInstance.objects.create(identifier="x", model=model, node=node, status="ready"))
+    loading.request_unload(principal=member, instance=ModelInstance.objects.create(identifier="x", model=model, node=node, status="ready"))
     assert not ModelInstance.objects.exists()
 
 
@@ -113,9 +113,9 @@ def test_permissions(stranger: User, member: Principal, model: InstalledModel, n
     token, _ = ApiToken.issue(user=member.user, name="inference only")
     for principal in (Principal(stranger), Principal(member.user, token)):
         with pytest.raises(PermissionDenied):
-            services.request_load(principal=principal, model=model)
+            loading.request_load(principal=principal, model=model)
         with pytest.raises(PermissionDenied):
-            services.request_unload(principal=principal, instance=instance)
+            loading.request_unload(principal=principal, instance=instance)
         with pytest.raises(PermissionDenied):
             services.delete_model(principal=principal, model=model)
     with pytest.raises(PermissionDenied):

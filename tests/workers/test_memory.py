@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from django.core.management import call_command
 
 from tests.micro_models import make_micro, make_micro_bert
 from workers import memory
@@ -158,18 +155,3 @@ def test_a_load_that_does_not_fit_is_refused_in_words(
     assert bench.run(first, "to be").status == "completed"
     monkeypatch.undo()
     assert bench.run(starter, "hello").status == "completed"
-
-
-def test_the_command_says_it_in_words_and_in_json(bench: Bench, starter: InstalledModel) -> None:
-    out = StringIO()
-    call_command("estimate", "lmweb/starter", "--context-length", "512", "--parallel", "2", stdout=out)
-    assert out.getvalue().startswith("lmweb/starter with a context of 512 for 2 answers at once: ")
-    assert "keys and values" in out.getvalue()
-    assert "test-node has" in out.getvalue()
-    out = StringIO()
-    call_command("estimate", "lmweb/starter", "--json", stdout=out)
-    found = json.loads(out.getvalue())
-    assert found["neededBytes"] > found["weightsBytes"] > 0
-    assert found["contextLength"] == 2048
-    assert found["measuredBytes"] is None
-    assert found["freeBytes"]["test-node"] > 0

@@ -56,16 +56,17 @@ class Command(ModelCommand):
         elif options["dry_run"]:
             return self._dry_run(options["file"], options["user_repo"], mode)
         else:
-            model = services.import_file(
-                principal=None, source=options["file"], user_repo=options["user_repo"], mode=mode, progress=self._copied
-            )
-            self.end_progress()
+            with self.bar(desc="Copying", unit="B", unit_scale=True) as bar:
+
+                def copied(done: int, total: int) -> None:
+                    bar.total = total
+                    bar.update(done - bar.n)
+
+                source = options["file"]
+                model = services.import_file(principal=None, source=source, user_repo=options["user_repo"], mode=mode, progress=copied)
         if options["json"]:
             return self.print_json(model_info(model))
         return self._say(model, mode)
-
-    def _copied(self, done: int, total: int) -> None:
-        self.progress(f"Copying: {size(done)} of {size(total)}")
 
     def _say(self, model: InstalledModel, mode: Mode) -> None:
         self.stdout.write(f"{HAPPENED[mode]} {model.file}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.core.management.base import CommandParser
+
 from models_app.cli import ModelCommand, model_info, size
 from models_app.models import InstalledModel
 
@@ -13,9 +15,17 @@ class Command(ModelCommand):
 
     help = "List the models that are stored on this server."
 
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Declare the arguments."""
+        super().add_arguments(parser)
+        kind = parser.add_mutually_exclusive_group()
+        kind.add_argument("--llm", dest="type", action="store_const", const="llm", help="language models only")
+        kind.add_argument("--embedding", dest="type", action="store_const", const="embedding", help="embedding models only")
+
     def handle(self, *_: Any, **options: Any) -> None:
         """Print one line per model."""
-        models = list(InstalledModel.objects.prefetch_related("instances"))
+        found = InstalledModel.objects.filter(type=options["type"]) if options["type"] else InstalledModel.objects.all()
+        models = list(found.prefetch_related("instances"))
         if options["json"]:
             return self.print_json([model_info(model) for model in models])
         if not models:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.db.models import Count
+from django.utils import timezone
 
 from models_app.cli import ModelCommand, instance_info, size
-from models_app.models import Generation, ModelInstance
-
-S = Generation.Status
+from models_app.loading import work_of
+from models_app.models import ModelInstance
 
 
 class Command(ModelCommand):
@@ -20,24 +19,17 @@ class Command(ModelCommand):
     def handle(self, *_: Any, **options: Any) -> None:
         """Print one line per instance."""
         instances = list(ModelInstance.objects.select_related("model").order_by("identifier", "node_id"))
-        work = _work({instance.model_id for instance in instances})
+        work = work_of({instance.model_id for instance in instances})
         if options["json"]:
             counts = ({"generating": work[i.model_id][0], "queued": work[i.model_id][1]} for i in instances)
             return self.print_json([instance_info(i) | count for i, count in zip(instances, counts, strict=True)])
         if not instances:
             self.stdout.write("No model is loaded. Load one with: python3 manage.py load MODEL")
             return None
-        self.print_table(["IDENTIFIER", "MODEL", "STATUS", "SIZE", "CONTEXT", "NODE"], (_row(i, *work[i.model_id]) for i in instances))
+        self.print_table(
+            ["IDENTIFIER", "MODEL", "STATUS", "SIZE", "CONTEXT", "TTL", "NODE"], (_row(i, *work[i.model_id]) for i in instances)
+        )
         return None
-
-
-def _work(model_ids: set[int]) -> dict[int, tuple[int, int]]:
-    """Return how many requests each model answers, and how many wait for it."""
-    work = dict.fromkeys(model_ids, (0, 0))
-    for entry in Generation.objects.unfinished().filter(model__in=model_ids).values("model", "status").annotate(count=Count("pk")):
-        running, queued = work[entry["model"]]
-        work[entry["model"]] = (entry["count"], queued) if entry["status"] == S.RUNNING else (running, entry["count"])
-    return work
 
 
 def _row(instance: ModelInstance, running: int, queued: int) -> list[str]:
@@ -45,8 +37,16 @@ def _row(instance: ModelInstance, running: int, queued: int) -> list[str]:
     if status == ModelInstance.Status.READY:
         status = f"generating {running}, {queued} queued" if running or queued else "idle"
     elif status == ModelInstance.Status.LOADING:
-        status = f"loading {instance.progress:.0%}"
+        status = instance.note or f"loading {instance.progress:.0%}"
     elif status == ModelInstance.Status.FAILED:
         status = f"failed: {instance.error[:80]}"
     context = str(instance.config.get("context_length") or "")
-    return [instance.identifier, instance.model.key, status, size(instance.model.size_bytes), context, instance.node_id]
+    return [instance.identifier, instance.model.key, status, size(instance.model.size_bytes), context, _ttl(instance), instance.node_id]
+
+
+def _ttl(instance: ModelInstance) -> str:
+    """Return how long the model will stay if nobody uses it."""
+    if instance.pinned or instance.ttl_seconds is None:
+        return "pinned" if instance.pinned else ""
+    left = max(0, instance.ttl_seconds - int((timezone.now() - instance.last_used_at).total_seconds()))
+    return f"{left // 60} min" if left >= 120 else f"{left} s"

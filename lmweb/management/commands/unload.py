@@ -9,8 +9,8 @@ from django.core.management.base import CommandError, CommandParser
 from django.db.models import Q
 
 from lmweb.errors import Conflict, NotFound
-from models_app import services
-from models_app.cli import ModelCommand
+from models_app import loading
+from models_app.cli import ModelCommand, choose
 from models_app.models import ModelInstance
 
 WAIT_SECONDS = 30.0
@@ -30,13 +30,15 @@ class Command(ModelCommand):
     def handle(self, *_: Any, **options: Any) -> None:
         """Unload, and say which."""
         name = options["identifier"]
-        if options["all"] == (name is not None):
-            raise CommandError("Name what to unload, or give --all.")
+        if options["all"] and name is not None:
+            raise CommandError("Name what to unload, or give --all, not both.")
+        if not options["all"] and name is None:
+            name = choose("Unload which one?", list(ModelInstance.objects.values_list("identifier", flat=True)), ask=not options["json"])
         instances = list(_named(name) if name else ModelInstance.objects.all())
         if name and not instances:
             raise NotFound(f"'{name}' is not loaded.")
         for instance in instances:
-            services.request_unload(principal=None, instance=instance)
+            loading.request_unload(principal=None, instance=instance)
         self._wait([instance.pk for instance in instances])
         names = [instance.identifier for instance in instances]
         if options["json"]:

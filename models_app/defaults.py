@@ -1,0 +1,101 @@
+"""What a model does unless somebody says otherwise: per-model defaults for loads and for answers, set by admins, with a way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from lmweb.access import Action, Principal, require
+from lmweb.errors import InvalidRequest
+from models_app.models import InstalledModel
+from workers.schemas import AnyRequest, ChatMessage, GenerationRequest, LoadConfig, SamplingParams
+
+T = TypeVar("T")
+
+MAX_SYSTEM_PROMPT = 100_000
+
+
+class InferenceDefaults(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """Defaults of answers: overrides of ``SamplingParams``, a system prompt for conversations without one, template variables."""
+
+    sampling: dict[str, Any] = {}
+    system_prompt: Annotated[str, Meta(max_length=MAX_SYSTEM_PROMPT)] = ""
+    template_kwargs: dict[str, Any] = {}
+
+
+def load_config(model: InstalledModel, overrides: Mapping[str, Any] | None = None) -> LoadConfig:
+    """Return how a model is loaded: its defaults with these overrides. Raises ``InvalidRequest`` that names the field."""
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    return check_config(model, _convert({**model.load_defaults, **given}, LoadConfig))
+
+
+def check_config(model: InstalledModel, config: LoadConfig) -> LoadConfig:
+    """Return a configuration that the model can have. Raises ``InvalidRequest`` that names the field."""
+    if config.context_length is not None and config.context_length > model.max_context_length:
+        raise InvalidRequest(
+            f"{model.key} was made for at most {model.max_context_length} tokens of context, not {config.context_length}.",
+            param="context_length",
+        )
+    if config.v_cache_type not in {"f16", "f32"} and config.flash_attention is False:
+        raise InvalidRequest("Values of the cache below 16 bits need flash attention.", param="v_cache_type")
+    return config
+
+
+def set_load_defaults(*, principal: Principal | None, model: InstalledModel, config: LoadConfig | None) -> None:
+    """Load a model like this from now on, wherever it is loaded; None goes back to the installation's defaults.
+
+    ``principal`` None stands for the administrator at the command line. Raises ``PermissionDenied`` or ``InvalidRequest``.
+    """
+    if principal:
+        require(principal, Action.CHANGE_DEFAULTS)
+    model.load_defaults = msgspec.to_builtins(check_config(model, config)) if config else {}
+    InstalledModel.objects.filter(pk=model.pk).update(load_defaults=model.load_defaults)
+
+
+def set_inference_defaults(*, principal: Principal | None, model: InstalledModel, defaults: InferenceDefaults | None) -> None:
+    """Let a model answer like this from now on, where a request does not say otherwise; None goes back to the usual.
+
+    Raises ``PermissionDenied``, or ``InvalidRequest`` that names the field.
+    """
+    if principal:
+        require(principal, Action.CHANGE_DEFAULTS)
+    if defaults is not None:
+        if "\x00" in defaults.system_prompt:
+            raise InvalidRequest("The system prompt contains a NUL character.", param="system_prompt")
+        check_sampling(defaults.sampling)
+    model.inference_defaults = msgspec.to_builtins(defaults) if defaults else {}
+    InstalledModel.objects.filter(pk=model.pk).update(inference_defaults=model.inference_defaults)
+
+
+def check_sampling(overrides: Mapping[str, Any]) -> None:
+    """Raise ``InvalidRequest`` that names the field unless these are overrides of ``SamplingParams``."""
+    for name, value in overrides.items():
+        if name not in SamplingParams.__struct_fields__:
+            raise InvalidRequest(f"There is no setting '{name[:100]}'.", param=name[:100])
+        _convert({name: value}, SamplingParams)
+
+
+def with_defaults(request: AnyRequest, model: InstalledModel) -> AnyRequest:
+    """Return the request with the model's defaults where its sender said nothing."""
+    if isinstance(request, GenerationRequest) and model.inference_defaults:
+        defaults = msgspec.convert(model.inference_defaults, InferenceDefaults)
+        missing = {name: value for name, value in defaults.sampling.items() if name not in request.given}
+        sampling = msgspec.convert({**msgspec.to_builtins(request.sampling, str_keys=True), **missing}, SamplingParams, strict=False)
+        messages = request.messages
+        if defaults.system_prompt.strip() and messages[0].role not in {"system", "developer"}:
+            messages = [ChatMessage(role="system", content=defaults.system_prompt), *messages]
+        variables = {**defaults.template_kwargs, **request.template_kwargs}
+        request = msgspec.structs.replace(request, sampling=sampling, messages=messages, template_kwargs=variables)
+    return msgspec.structs.replace(request, given=frozenset()) if isinstance(request, GenerationRequest) and request.given else request
+
+
+def _convert(data: Mapping[str, Any], kind: type[T]) -> T:
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `$.")
+        name = path.rstrip("`").split("[")[0] or None
+        raise InvalidRequest(f"{name or 'A setting'}: {text[:1].lower()}{text[1:]}.", param=name) from None

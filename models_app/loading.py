@@ -1,0 +1,222 @@
+"""The writers of models in memory: what a load would take and displace, loading, unloading, pinning.
+
+Rows first, then the message to the node; how the node goes on is in ``workers.runners``.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+from django.conf import settings
+from django.db import IntegrityError, transaction
+from django.db.models import Count, Q
+from django.utils import timezone
+
+from lmweb.access import Action, Principal, require
+from lmweb.errors import Conflict, InvalidRequest, ServiceUnavailable
+from models_app import naming
+from models_app.defaults import check_config, load_config, set_load_defaults
+from models_app.drafts import check_draft
+from models_app.memory import estimate_model
+from models_app.models import Generation, InstalledModel, ModelInstance
+from workers import dispatch
+from workers.memory import Guardrail, MemoryEstimate, Resident, choose_leavers, has_gpu_build, reserve
+from workers.models import WorkerNode
+from workers.schemas import LoadConfig
+
+logger = logging.getLogger(__name__)
+
+S = ModelInstance.Status
+
+
+@dataclass(frozen=True, slots=True)
+class Leaver:
+    """A model that would be unloaded for another one: what that frees, and who waits meanwhile."""
+
+    instance: ModelInstance
+    memory_bytes: int
+    running: int
+    queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What a load would take on which node. ``available_bytes`` is what the guardrail leaves of ``free_bytes``.
+
+    ``fits``: it can be loaded now. ``swap``: after ``leavers`` were unloaded. ``too_large``: not even then. ``unknown``: memory of a
+    GPU, which only the engine knows.
+    """
+
+    node: WorkerNode
+    estimate: MemoryEstimate
+    free_bytes: int
+    available_bytes: int
+    verdict: Literal["fits", "swap", "too_large", "unknown"]
+    leavers: list[Leaver]
+
+
+def plan_load(*, principal: Principal | None, model: InstalledModel, config: LoadConfig) -> LoadPlan:
+    """Return what loading would take, against the memory that is free now, and who would have to leave for it.
+
+    Raises ``PermissionDenied``, ``InvalidRequest``, ``InvalidModelFile`` for a file that is gone or broken, and
+    ``ServiceUnavailable`` when no worker runs.
+    """
+    if principal:
+        require(principal, Action.READ_MODELS)
+    config = check_config(model, config)
+    node = _node_for(model)
+    found = estimate_model(model, config)
+    instances = list(node.instances.select_related("model").exclude(status=S.FAILED))
+    free, total = _free_memory(node, instances)
+    level = Guardrail(settings.MODEL_LOADING_GUARDRAILS)
+    unlimited = level is Guardrail.OFF and not settings.MODEL_MEMORY_BYTES
+    available = max(0, free - reserve(level, total))
+    if config.gpu_layers != 0 and has_gpu_build():
+        return LoadPlan(node, found, free, available, "unknown", [])
+    missing = found.needed_bytes - available
+    if unlimited or missing <= 0:
+        return LoadPlan(node, found, free, available, "fits", [])
+    leavers = _leavers(instances, missing)
+    return LoadPlan(node, found, free, available, "swap" if leavers else "too_large", leavers)
+
+
+def _node_for(model: InstalledModel) -> WorkerNode:
+    node = dispatch.choose_node(model.pk)
+    if node is None:
+        raise ServiceUnavailable("No worker is running that could load a model. Look at the server's terminal or log.")
+    return WorkerNode.objects.get(pk=node.pk)  # as it is now: the choice is remembered for a second
+
+
+def _free_memory(node: WorkerNode, instances: list[ModelInstance]) -> tuple[int, int]:
+    """Return the free and all memory for models on a node, in bytes, as its last heartbeat says."""
+    free, total = node.free_memory_bytes, node.total_memory_bytes
+    if settings.MODEL_MEMORY_BYTES:
+        free = min(free, settings.MODEL_MEMORY_BYTES - sum(instance.memory_bytes or 0 for instance in instances))
+        total = min(total, settings.MODEL_MEMORY_BYTES)
+    return free, total
+
+
+def _leavers(instances: list[ModelInstance], missing_bytes: int) -> list[Leaver]:
+    """Return whom to unload for so many bytes; nobody if that would not do. What is pinned or not ready stays."""
+    movable = {instance.pk: instance for instance in instances if instance.status == S.READY and not instance.pinned}
+    work = work_of({instance.model_id for instance in movable.values()})
+    now = timezone.now()
+    residents = [
+        Resident(pk, instance.memory_bytes or 0, any(work[instance.model_id]), (now - instance.last_used_at).total_seconds())
+        for pk, instance in movable.items()
+    ]
+    chosen = choose_leavers(missing_bytes, residents) or []
+    return [Leaver(movable[each.id], each.memory_bytes, *work[movable[each.id].model_id]) for each in chosen]
+
+
+def work_of(model_ids: set[int]) -> dict[int, tuple[int, int]]:
+    """Return how many requests each model answers, and how many wait for it."""
+    work = dict.fromkeys(model_ids, (0, 0))
+    counts = Generation.objects.unfinished().filter(model__in=model_ids).values("model")
+    for entry in counts.annotate(
+        running=Count("pk", filter=Q(status=Generation.Status.RUNNING)), queued=Count("pk", filter=Q(status=Generation.Status.QUEUED))
+    ):
+        work[entry["model"]] = (entry["running"], entry["queued"])
+    return work
+
+
+def request_load(
+    *,
+    principal: Principal | None,
+    model: InstalledModel,
+    config: LoadConfig | None = None,
+    identifier: str | None = None,
+    ttl_seconds: int | None = None,
+    make_room: bool = False,
+    remember: bool = False,
+) -> ModelInstance:
+    """Have a model loaded on the node that suits it best. Returns the row at once; its status tells how it goes on.
+
+    Args:
+        principal: who asks; None for the administrator at the command line.
+        model: what to load.
+        config: how; None takes the model's defaults.
+        identifier: the name for requests; None takes the model's key, for a further instance with a number.
+        ttl_seconds: it leaves memory after so long without use; None: never.
+        make_room: have models unloaded for it, as ``plan_load`` shows, once they have finished their answers. If the load fails,
+            they come back.
+        remember: make ``config`` the model's default.
+
+    Raises:
+        PermissionDenied, InvalidRequest, Conflict: for an identifier in use or a file that is missing.
+        ServiceUnavailable: no worker runs.
+    """
+    if principal:
+        require(principal, Action.LOAD_MODELS)
+    config = check_config(model, config or load_config(model))
+    if config.draft_model:
+        config = msgspec.structs.replace(config, draft_model=check_draft(principal, model, config.draft_model).key)
+    if not model.file.is_file():
+        raise Conflict(f"The file of {model.key} is missing on the server ({model.path}). Import it again.")
+    if ttl_seconds is not None and ttl_seconds < 1:
+        raise InvalidRequest("The time to live is at least one second.", param="ttl")
+    name = naming.check_identifier(identifier) if identifier else None
+    if remember:
+        set_load_defaults(principal=principal, model=model, config=config)
+    replaces = [leaver.instance.pk for leaver in plan_load(principal=principal, model=model, config=config).leavers] if make_room else []
+    node = _node_for(model)
+    try:
+        with transaction.atomic():
+            instance = ModelInstance.objects.create(
+                identifier=_take_identifier(name, model),
+                model=model,
+                node=node,
+                config=msgspec.to_builtins(config),
+                ttl_seconds=ttl_seconds,
+                replaces=replaces,
+            )
+            transaction.on_commit(lambda: _send(dispatch.LOAD, instance))
+    except IntegrityError:
+        raise Conflict(f"'{name or model.key}' was loaded by somebody else at this moment. Try again.", param="identifier") from None
+    return instance
+
+
+def _take_identifier(name: str | None, model: InstalledModel) -> str:
+    """Return the name of a new instance. Raises ``Conflict`` if requests could not tell it from another; failed attempts make room."""
+    ModelInstance.objects.filter(identifier=name or model.key, status=S.FAILED).delete()
+    taken = dict(ModelInstance.objects.values_list("identifier", "status"))
+    if name is None:
+        return naming.free_identifier(model.key, set(taken))
+    if name in taken:
+        state = "is loaded already" if taken[name] == S.READY else f"is {taken[name]} already"
+        raise Conflict(f"'{name}' {state}. Unload it first, or choose another identifier.", param="identifier")
+    if InstalledModel.objects.filter(key__iexact=name).exclude(pk=model.pk).exists():
+        raise Conflict(f"'{name}' is the name of another model. Choose another identifier.", param="identifier")
+    return name
+
+
+def request_unload(*, principal: Principal | None, instance: ModelInstance) -> None:
+    """Have a loaded model unloaded; its row disappears when its process has ended. Raises ``PermissionDenied``."""
+    if principal:
+        require(principal, Action.LOAD_MODELS)
+    unload(instance)
+
+
+def unload(instance: ModelInstance) -> None:
+    """Ask the node to unload. Where no process can be left (a failed attempt, a dead node) the row goes at once."""
+    rows = ModelInstance.objects.filter(pk=instance.pk)
+    if instance.status == S.FAILED or not WorkerNode.objects.alive().filter(pk=instance.node_id).exists():
+        rows.delete()
+        return
+    rows.update(status=S.UNLOADING)
+    transaction.on_commit(lambda: _send(dispatch.UNLOAD, instance))
+
+
+def set_pinned(*, principal: Principal | None, instance: ModelInstance, pinned: bool) -> None:
+    """Keep a loaded model in memory until a person unloads it, or let it leave again. Raises ``PermissionDenied``."""
+    if principal:
+        require(principal, Action.CHANGE_DEFAULTS)
+    ModelInstance.objects.filter(pk=instance.pk).update(pinned=pinned)
+
+
+def _send(task: str, instance: ModelInstance) -> None:
+    if not dispatch.send(task, instance.node_id, instance.pk):
+        logger.warning("%s of %s waits until the message broker is back", task, instance)
