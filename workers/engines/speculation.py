@@ -20,8 +20,9 @@ MAX_GUESSES = 8
 MAX_SEQUENCES = 4
 #: A plan must promise this much more than going on without guesses.
 MARGIN = 1.03
-#: Once guessing does not pay, it is tried again after so many steps: texts change their character.
+#: Once guessing does not pay, it is tried again after so many steps, each time twice as many: texts change their character.
 RETRY_STEPS = 48
+MAX_RETRY_STEPS = 1024
 #: How many tokens in a row must repeat for the text after them to be a guess.
 LOOKUP_TOKENS = 3
 #: What is assumed of guesses before any were checked, and how many checked ones that assumption weighs.
@@ -124,18 +125,20 @@ class Lookup:
 class Guesser:
     """What is known of one sequence: its text for lookups, and how good guesses were; ``paused`` counts steps without any."""
 
+    lookup_chance: Chance
+    draft_chance: Chance
     lookup: Lookup = field(default_factory=Lookup)
-    lookup_chance: Chance = field(default_factory=Chance)
-    draft_chance: Chance = field(default_factory=Chance)
     paused: int = 0
+    patience: int = RETRY_STEPS
     retries: int = 0
 
     def retry_length(self) -> int:
         """Return how many tokens to guess although it does not seem to pay: now and then a few, by turns 1, 2 and 4."""
         self.paused += 1
-        if self.paused < RETRY_STEPS:
+        if self.paused < self.patience:
             return 0
         self.paused = 0
+        self.patience = min(2 * self.patience, MAX_RETRY_STEPS)
         self.retries += 1
         return 1 << self.retries % 3
 
@@ -172,6 +175,7 @@ class Speculation:
         self.draft: Drafter | None = None
         self._times = StepTimes()
         self._guessers: dict[str, Guesser] = {}
+        self._chances = {False: Chance(), True: Chance()}  # over all sequences, by whether a draft model guessed
         self._skip = False
 
     @property
@@ -189,6 +193,8 @@ class Speculation:
             return {}
         cost = self.draft.round_seconds if self.draft is not None and any(offer.by_draft for offer in offers) else 0.0
         n = best_length(self._times, len(slots), [(o.chance, o.available) for o in offers], room=room, guess_seconds=cost)
+        if not n and cost and not best_length(self._times, len(slots), [(1.0, o.available) for o in offers], room=room, guess_seconds=cost):
+            return {}  # not even if all were right
         lengths = [min(o.available, n or o.guesser.retry_length()) for o in offers]
         if not n and sum(lengths) > room:
             return {}
@@ -217,6 +223,7 @@ class Speculation:
         guesser, counts = self._guessers[sequence.id], sequence.drafts
         chance = guesser.draft_chance if guesses.by_draft else guesser.lookup_chance
         chance.note(right=accepted, wrong=int(mismatch))
+        self._chances[guesses.by_draft].note(right=accepted, wrong=int(mismatch))
         counts.by_draft |= guesses.by_draft
         counts.accepted += accepted
         counts.rejected += mismatch
@@ -234,7 +241,8 @@ class Speculation:
             return None
         guesser = self._guessers.get(sequence.id)
         if guesser is None:
-            guesser = self._guessers[sequence.id] = Guesser()
+            lookup, draft = (Chance(self._chances[by_draft].value) for by_draft in (False, True))
+            guesser = self._guessers[sequence.id] = Guesser(lookup, draft)
         drafted = self.draft is not None and sequence.draft == self.draft.key
         found = guesser.lookup.guess(slot.tokens, min(MAX_GUESSES, left)) if self.lookup else []
         if found and not (drafted and guesser.draft_chance.value > guesser.lookup_chance.value):
