@@ -53,10 +53,14 @@ class ModelLoadEnd(Event, tag="model_load.end"):
 
 
 class ContextOverflow(Event, tag="context.overflow"):
-    """The conversation did not fit: so many of its messages are not seen by the model, by this policy."""
+    """The conversation did not fit: so many of its messages are not seen by the model, by this policy.
+
+    ``dropped_tokens`` are those that went out of sight since, while the answer grew past the context.
+    """
 
     policy: str
     dropped_messages: int
+    dropped_tokens: int = 0
 
 
 class PromptProcessingStart(Event, tag="prompt_processing.start"):
@@ -165,7 +169,8 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     The counts of draft tokens are there if tokens were guessed ahead: total = accepted + rejected + ignored (guessed after a rejected
     one); ``draft_model`` is the key of the model that guessed, None for lookups in the text. Ours alone: ``reasoning_time_seconds``
-    from the first token to the last of reasoning, and ``dropped_messages`` that did not fit.
+    from the first token to the last of reasoning, and what did not fit:
+    ``dropped_messages``, and ``dropped_tokens`` while the answer grew.
     """
 
     input_tokens: int = 0
@@ -179,6 +184,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     model_load_time_seconds: float | None = None
     stop_reason: str = ""
     dropped_messages: int = 0
+    dropped_tokens: int = 0
     draft_model: str | None = None
     total_draft_tokens_count: int | None = None
     accepted_draft_tokens_count: int | None = None

@@ -1,4 +1,8 @@
-"""What to leave out when a conversation is longer than the context: LM Studio's context overflow policies, on whole messages."""
+"""What to leave out when a conversation is longer than the context: LM Studio's context overflow policies.
+
+A prompt is shortened by whole messages. What goes out of sight while an answer grows is counted in tokens
+(``workers.engines.base.Sequence``).
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,17 @@ def shorten(
     if low == len(starts):
         return None
     return messages[:head] + messages[starts[low] :], starts[low] - head
+
+
+def kept_messages(messages: list[ChatMessage], policy: OverflowPolicy) -> list[ChatMessage]:
+    """Return the first messages that stay in sight while an answer grows past the context.
+
+    ``rollingWindow`` keeps the system prompt, ``truncateMiddle`` the first question too.
+    """
+    n = 0
+    while n < len(messages) and messages[n].role in {"system", "developer"}:
+        n += 1
+    return messages[: n + (policy == "truncateMiddle")]
 
 
 def _head_length(messages: list[ChatMessage], policy: OverflowPolicy) -> int:

@@ -61,11 +61,11 @@ class Prompter:
             return self._tool_prompt.render(messages, tools, variables=variables)
         return self._template.render(messages, variables=variables)
 
-    def render_opening(self, message: ChatMessage, tools: tuple[Tool, ...]) -> str:
-        """Return how a prompt with this first message and these tools begins. Raises ``TemplateError`` as ``render`` does."""
+    def render_opening(self, messages: Sequence[ChatMessage], tools: tuple[Tool, ...]) -> str:
+        """Return how a prompt with these first messages and these tools begins. Raises ``TemplateError`` as ``render`` does."""
         if tools:
-            return self._tool_prompt.render([message], tools, add_generation_prompt=False)
-        return self._template.render([message], add_generation_prompt=False)
+            return self._tool_prompt.render(messages, tools, add_generation_prompt=False)
+        return self._template.render(messages, add_generation_prompt=False)
 
     def _reasoning(self, request: GenerationRequest) -> dict[str, Any]:
         """Return the template's variables for the wanted reasoning: a level where it knows levels, else whether to think."""

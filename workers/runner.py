@@ -40,14 +40,15 @@ from workers.events import (
     TokenLogprob,
     TopLogprob,
 )
-from workers.overflow import room_for_answer, shorten
+from workers.overflow import kept_messages, room_for_answer, shorten
 from workers.parsing.output import OutputParser, replay
 from workers.parsing.tools.grammar import argument_schema
 from workers.parsing.tools.reader import CallReader
 from workers.parsing.tools.requests import call_limit, callable_tools, grammars, usable_tools
 from workers.prompting import Prompter
 from workers.protocol import Cancel, Channel, Embed, HostMessage, Load, Loaded, LoadFailed, LoadProgress, Output, Shutdown, Step, Submit
-from workers.schemas import ChatMessage, GenerationRequest, Tool
+from workers.scheduler import common_prefix
+from workers.schemas import ChatMessage, GenerationRequest, OverflowPolicy, Tool
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +66,18 @@ class Job:
     parser: OutputParser
     resumed_tokens: int
     prompt_done: bool
+    overflow: OverflowPolicy = "stopAtLimit"
     dropped_messages: int = 0
+    dropped_tokens: int = 0
     call_limit: int | None = None
     complete: bool = False
     prompt_announced: bool = False
     first_token_at: float | None = None
     reasoned_until: float | None = None
+
+    def overflow_event(self) -> ContextOverflow:
+        """Return what the model does not see."""
+        return ContextOverflow(policy=self.overflow, dropped_messages=self.dropped_messages, dropped_tokens=self.dropped_tokens)
 
     def stats(self, stop_reason: str) -> Stats:
         """Return the counts and timings so far."""
@@ -92,6 +99,7 @@ class Job:
             generation_time_seconds=round(now - sequence.submitted_at, 6),
             stop_reason=stop_reason,
             dropped_messages=self.dropped_messages,
+            dropped_tokens=self.dropped_tokens,
             draft_model=sequence.draft or None,
             total_draft_tokens_count=total if guessed else None,
             accepted_draft_tokens_count=drafts.accepted if guessed else None,
@@ -109,7 +117,7 @@ class Runner:
         self._draft = draft
         self.jobs: dict[str, Job] = {}
         self._prompter = lru_cache(maxsize=8)(self._make_prompter)
-        self._shared_prefix = lru_cache(maxsize=256)(self._render_shared_prefix)
+        self._opening = lru_cache(maxsize=256)(self._render_opening)
         self._log = step_log
         self._queue = QueueReport(engine.info.parallel)
         self._embeddings = EmbeddingQueue(engine.embedder, engine.info.vocab_size)
@@ -148,8 +156,7 @@ class Runner:
         self.engine.add(job.sequence)
         if not job.dropped_messages or message.output_tokens:
             return None
-        overflow = ContextOverflow(policy=message.request.context_overflow, dropped_messages=job.dropped_messages)
-        return Output(generation_id=message.generation_id, events=[overflow])
+        return Output(generation_id=message.generation_id, events=[job.overflow_event()])
 
     def cancel(self, message: Cancel) -> Output | None:
         """End a generation; returns its last output, or None if it is not running here."""
@@ -177,6 +184,10 @@ class Runner:
         finished: dict[str, tuple[Stats, ErrorInfo | None]] = {}
         for generation_id, reason in self._reasons.items():
             finished[generation_id] = (self._end(generation_id, outputs[generation_id][0], reason), None)
+        for sequence in result.slid:
+            job = self.jobs[sequence.id]
+            job.dropped_tokens = sequence.dropped
+            outputs[sequence.id][0].append(job.overflow_event())
         for sequence, text in result.failed:
             events, _ = outputs.setdefault(sequence.id, ([], []))
             finished[sequence.id] = (self._end(sequence.id, events, "failed"), ErrorInfo(code="context_length_exceeded", message=text))
@@ -209,6 +220,8 @@ class Runner:
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(31))
         room = info.context_length - len(prompt)
+        slides = request.context_overflow != "stopAtLimit" and (sampling.max_tokens or info.context_length) > room
+        limit = sampling.max_tokens or info.context_length if slides else min(sampling.max_tokens or room, room)
         parser = OutputParser(
             sampling.stop,
             starts_reasoning=prompter.starts_reasoning(prompt_text),
@@ -223,19 +236,23 @@ class Runner:
             prompt=prompt,
             shared_prefix=self._shared_tokens(message, prompt),
             sampling=sampling,
-            limit=min(sampling.max_tokens or room, room),
+            limit=limit,
             lane=request.lane,
             output=list(message.output_tokens),
             constraint=constraint,
             top_logprobs=request.top_logprobs,
             draft=self._use_draft(message),
+            window=info.context_length if slides else 0,
+            keep=min(self._kept_tokens(message, messages, prompt), info.context_length // 2) if slides else 0,
         )
         return Job(
             sequence,
             parser,
             resumed_tokens=len(message.output_tokens),
             prompt_done=bool(message.output_tokens),
+            overflow=request.context_overflow,
             dropped_messages=len(request.messages) - len(messages),
+            dropped_tokens=sequence.dropped,
             call_limit=call_limit(request),
             complete=complete,
         )
@@ -282,20 +299,21 @@ class Runner:
 
     def _shared_tokens(self, message: Submit, prompt: list[int]) -> int:
         """Return how many tokens of the prompt come from the system prompt and the tools, which different people may share."""
-        request = message.request
-        if request.messages[0].role not in {"system", "developer"}:
-            return 0
-        prefix = self._shared_prefix(message.chat_template, request.messages[0], usable_tools(request))
-        n = 0
-        for mine, theirs in zip(prompt, prefix, strict=False):
-            if mine != theirs:
-                break
-            n += 1
-        return n
+        first = message.request.messages[0]
+        return self._opening_tokens(message, [first], prompt) if first.role in {"system", "developer"} else 0
 
-    def _render_shared_prefix(self, chat_template: str, message: ChatMessage, tools: tuple[Tool, ...]) -> tuple[int, ...]:
+    def _kept_tokens(self, message: Submit, messages: list[ChatMessage], prompt: list[int]) -> int:
+        """Return how many tokens of the prompt stay in sight when the answer grows past the context."""
+        return self._opening_tokens(message, kept_messages(messages, message.request.context_overflow), prompt) or 1
+
+    def _opening_tokens(self, message: Submit, opening: list[ChatMessage], prompt: list[int]) -> int:
+        """Return how many tokens of the prompt come from its first messages and the tools."""
+        prefix = self._opening(message.chat_template, tuple(opening), usable_tools(message.request)) if opening else ()
+        return common_prefix(prompt, list(prefix))
+
+    def _render_opening(self, chat_template: str, opening: tuple[ChatMessage, ...], tools: tuple[Tool, ...]) -> tuple[int, ...]:
         try:
-            text = self._prompter(chat_template).render_opening(message, tools)
+            text = self._prompter(chat_template).render_opening(opening, tools)
         except LmwebError:  # some templates demand a user's turn
             return ()
         return tuple(self._tokenize(text))

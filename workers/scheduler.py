@@ -160,6 +160,11 @@ class Scheduler:
         """Note that the slot holds this sequence now, with ``n_kv`` tokens computed already."""
         slot.sequence, slot.tokens, slot.n_kv, slot.borrowed = sequence, sequence.tokens, n_kv, borrowed
 
+    def slide(self, slot: Slot, n_kv: int) -> None:
+        """Note that the sequence's window has moved on: of what it sees now, ``n_kv`` tokens are computed."""
+        assert slot.sequence is not None
+        slot.tokens, slot.n_kv, slot.borrowed = slot.sequence.tokens, n_kv, min(slot.borrowed, n_kv)
+
     def release(self, slot: Slot) -> None:
         """Free the slot."""
         slot.sequence, slot.tokens, slot.n_kv, slot.borrowed = None, [], 0, 0
@@ -224,9 +229,10 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence, n_shared: int) -> bool:
         used = sum(len(slot.tokens) - slot.borrowed + self._reserve(slot.sequence) for slot in self.running if slot.sequence)
-        needed = len(sequence.prompt) + len(sequence.output) - n_shared + self._reserve(sequence)
+        needed = len(sequence.prompt) + len(sequence.output) - sequence.dropped - n_shared + self._reserve(sequence)
         return used + needed <= self.cells or not self.running
 
     @staticmethod
     def _reserve(sequence: Sequence) -> int:
+        """Return the cells to keep free for what the sequence still says, as far as it may grow at once."""
         return min(max(sequence.limit - len(sequence.output), 0), RESERVED_OUTPUT)

@@ -13,6 +13,8 @@ from workers.engines.base import Sequence, StepResult
 from workers.engines.llama_cpp import LlamaEngine
 from workers.schemas import LoadConfig, SamplingParams
 
+#: Without rounding to 16 bits, batched results differ from single ones so little that sampled outputs of any length agree.
+EXACT = {"k_cache_type": "f32", "v_cache_type": "f32", "flash_attention": False}
 GREEDY = SamplingParams(temperature=0.0, repeat_penalty=1.0, seed=1)
 WORDS = [
     "time",
@@ -215,3 +217,42 @@ def test_dry_breaks_a_repeated_passage(engine: LlamaEngine) -> None:
         outputs.append(finish(engine, sequence(engine, f"d{multiplier}", "time year", sampling=sampling, limit=12))[0])
     assert set(outputs[0]) == {77}
     assert len(set(outputs[1])) > 1
+
+
+def sliding(engine: LlamaEngine, name: str, *, limit: int = 100, keep: int = 10, sampling: SamplingParams = GREEDY) -> Sequence:
+    item = sequence(engine, name, " ".join(WORDS[:12]), limit=limit, sampling=sampling)
+    item.window, item.keep = 64, keep
+    return item
+
+
+@pytest.mark.parametrize("keep", [1, 10, 32])
+def test_a_window_that_moves_on_shows_the_model_what_it_should(engine: LlamaEngine, micro: Path, keep: int) -> None:
+    item = sliding(engine, "w", keep=keep)
+    visible, expected = list(item.prompt), []
+    while len(expected) < item.limit:  # what plain sequences say that begin with what is in sight
+        part = Sequence("p", "b", list(visible), 0, GREEDY, limit=min(65 - len(visible), item.limit - len(expected)))
+        expected += finish(engine, part)[0]
+        visible += part.output
+        del visible[keep : keep + (65 - keep) // 2]
+    seen = []
+    engine.add(item)
+    while engine.has_work:
+        seen += [sequence.dropped for sequence in step(engine).slid]
+    assert item.output == expected
+    assert seen == [(65 - keep) // 2 * (i + 1) for i in range(len(seen))]
+    assert len(seen) >= 2
+
+
+def test_moving_windows_hold_in_a_batch_and_after_an_interruption(micro: Path) -> None:
+    engine = open_engine(micro, context_length=1024, parallel=4, **EXACT)
+    samplings = [SamplingParams(temperature=0.8, seed=i, repeat_penalty=1.2) for i in range(4)]
+    alone_outputs = [finish(engine, sliding(engine, "a", sampling=sampling))[0] for sampling in samplings]
+    assert finish(engine, *(sliding(engine, str(i), sampling=sampling) for i, sampling in enumerate(samplings))) == alone_outputs
+    for done in (1, 52, 53, 54, 80, 99):
+        resumed = sliding(engine, f"r{done}", sampling=samplings[0])
+        resumed.output = alone_outputs[0][:done]
+        assert finish(engine, resumed)[0] == alone_outputs[0], done
+    engine.close()
+    engine = open_engine(micro, context_length=1024, parallel=4, prompt_lookup=True, **EXACT)
+    assert finish(engine, *(sliding(engine, str(i), sampling=sampling) for i, sampling in enumerate(samplings))) == alone_outputs
+    engine.close()

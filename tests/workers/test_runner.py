@@ -8,6 +8,7 @@ import pytest
 
 from tests.micro_models import make_micro
 from workers.engines import registry
+from workers.events import ContextOverflow
 from workers.protocol import Output, Submit
 from workers.runner import Runner, StepLog
 from workers.schemas import ChatMessage, GenerationRequest, LoadConfig, OutputFormat, SamplingParams
@@ -62,3 +63,31 @@ def test_an_answer_that_was_complete_before_the_crash_gets_no_further_token(runn
     assert [token for output in resumed for token in output.tokens] == []
     assert resumed[-1].stats is not None
     assert resumed[-1].stats.stop_reason == "eosFound"
+
+
+def test_an_answer_may_grow_past_the_context_and_says_what_went_out_of_sight(runner: Runner) -> None:
+    messages = [ChatMessage(role="system", content="time year"), ChatMessage(role="user", content="people way")]
+    sampling = SamplingParams(temperature=0.0, repeat_penalty=1.0, max_tokens=700)
+    kept = {}
+    for policy in ("rollingWindow", "truncateMiddle", "stopAtLimit"):
+        request = GenerationRequest(model="m", messages=messages, sampling=sampling, context_overflow=policy)  # type: ignore[arg-type]
+        outputs = finish(runner, Submit(generation_id=policy, owner="a", request=request))
+        stats = outputs[-1].stats
+        assert stats is not None
+        told = [event for output in outputs for event in output.events if isinstance(event, ContextOverflow)]
+        if policy == "stopAtLimit":
+            assert not told
+            assert (stats.stop_reason, stats.input_tokens + stats.total_output_tokens) == ("contextLengthReached", 512)
+            continue
+        assert (stats.stop_reason, stats.total_output_tokens) == ("maxPredictedTokensReached", 700)
+        assert [event.dropped_tokens for event in told] == [told[0].dropped_tokens * (i + 1) for i in range(len(told))]
+        assert stats.dropped_tokens == told[-1].dropped_tokens
+        kept[policy] = 513 - 2 * told[0].dropped_tokens
+    system, first = (runner.engine.tokenize(text, add_bos=False) for text in ("time year", "people way"))
+    assert len(system) < kept["rollingWindow"] < kept["truncateMiddle"] - len(first)
+
+
+def test_an_answer_without_a_limit_ends_when_it_is_as_long_as_the_context(runner: Runner) -> None:
+    outputs = finish(runner, submit(runner, sampling=SamplingParams(temperature=0.0), context_overflow="rollingWindow"))
+    assert outputs[-1].stats is not None
+    assert (outputs[-1].stats.stop_reason, outputs[-1].stats.total_output_tokens) == ("contextLengthReached", 512)

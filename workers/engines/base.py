@@ -44,6 +44,8 @@ class Sequence:
         constraint: what the answer must look like, if anything.
         top_logprobs: how many alternatives to report per token; None reports nothing.
         draft: the key of the draft model that is to guess ahead, if any.
+        window: how many tokens the model sees at once if the sequence may grow past that; 0: ``limit`` keeps it within.
+        keep: how many of the first tokens stay in sight then; at most half of ``window``.
         cached: prompt tokens that came out of a cache.
         drafts: how guesses at its tokens did.
     """
@@ -59,14 +61,30 @@ class Sequence:
     constraint: Constraint | None = None
     top_logprobs: int | None = None
     draft: str = ""
+    window: int = 0
+    keep: int = 0
     cached: int = 0
     drafts: DraftCounts = field(default_factory=DraftCounts)
     submitted_at: float = field(default_factory=time.perf_counter)
 
     @property
+    def dropped(self) -> int:
+        """Return how many tokens after the first ``keep`` are out of sight.
+
+        Whenever the window is full, half of what need not be kept goes. That depends on nothing but the number of tokens, so a
+        sequence that was interrupted goes on with the same ones in sight.
+        """
+        excess = len(self.prompt) + len(self.output) - self.window
+        if not self.window or excess <= 0:
+            return 0
+        part = (self.window + 1 - self.keep) // 2
+        return -(-excess // part) * part
+
+    @property
     def tokens(self) -> list[int]:
-        """Return prompt and output."""
-        return self.prompt + self.output
+        """Return prompt and output, as far as the model sees them."""
+        everything, dropped = self.prompt + self.output, self.dropped
+        return everything[: self.keep] + everything[self.keep + dropped :] if dropped else everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +118,11 @@ TokenTaker = Callable[[Sequence, int, Logprob | None], bool]
 
 @dataclass(slots=True)
 class StepResult:
-    """What one step did: prompt progress per sequence (tokens done), and counts for the step log."""
+    """What one step did: prompt progress per sequence (tokens done), whose window moved on, and counts for the step log."""
 
     prefilled: list[tuple[Sequence, int]] = field(default_factory=list)
     failed: list[tuple[Sequence, str]] = field(default_factory=list)
+    slid: list[Sequence] = field(default_factory=list)
     decode_sequences: int = 0
     prefill_tokens: int = 0
     guessed_tokens: int = 0

@@ -161,10 +161,11 @@ class LlamaEngine:
             self.speculation.note_step(n, now - computing)
         result = self._progress(decoding, chunks, sum(len(each.tokens) for each in guesses.values()), now - started)
         for slot, index in outputs:
-            if slot.id in guesses:
-                self._check(slot, index, guesses[slot.id], take)
-            else:
-                self._sample(slot, index, take)
+            guess = guesses.get(slot.id)
+            goes_on = self._sample(slot, index, take) if guess is None else self._check(slot, index, guess, take)
+            if goes_on and slot.sequence and slot.sequence.window and len(slot.tokens) > slot.sequence.window:
+                self._slide(slot, slot.sequence)
+                result.slid.append(slot.sequence)
         return result
 
     def _progress(self, decoding: list[Slot], chunks: list[Chunk], guessed: int, seconds: float) -> StepResult:
@@ -210,7 +211,9 @@ class LlamaEngine:
             sequence.cached = min(n_kv, len(sequence.prompt))
         self.scheduler.occupy(slot, sequence, n_kv, borrowed=borrowed)
         if sequence.id not in self._samplers:
-            self._samplers[sequence.id] = TokenSampler(sequence.sampling, self.model, sequence.tokens, drawn=len(sequence.output))
+            self._samplers[sequence.id] = TokenSampler(
+                sequence.sampling, self.model, sequence.prompt + sequence.output, drawn=len(sequence.output)
+            )
 
     def _restore(self, slot: Slot, parked: Parked, n: int) -> int:
         """Load a parked state cut to ``n`` tokens; returns how many tokens are there then."""
@@ -275,8 +278,8 @@ class LlamaEngine:
         report = None if before is None else Logprob(token, float(before[token]), likeliest(before, sequence.top_logprobs or 0))
         return take(sequence, token, report)
 
-    def _check(self, slot: Slot, index: int, guesses: Guesses, take: TokenTaker) -> None:
-        """Choose the slot's next tokens for as long as they are those that were guessed, and one more."""
+    def _check(self, slot: Slot, index: int, guesses: Guesses, take: TokenTaker) -> bool:
+        """Choose the slot's next tokens for as long as they are those that were guessed, and one more; returns whether it goes on."""
         sequence, accepted, mismatch = slot.sequence, 0, False
         assert sequence is not None
         for guess in guesses.tokens:
@@ -289,9 +292,23 @@ class LlamaEngine:
                 break
             slot.n_kv += 1
         else:
-            self._sample(slot, index + accepted, take)
+            goes_on = self._sample(slot, index + accepted, take)
         self.context.cut(slot.id, slot.n_kv)
         self.speculation.note(sequence, guesses, accepted, mismatch=mismatch)
+        return goes_on
+
+    def _slide(self, slot: Slot, sequence: Sequence) -> None:
+        """Move a full window on. What stays in sight is computed again, in chunks like a prompt.
+
+        Moving its cells instead (llama.cpp's context shift) would be faster, but stops everybody while all cells are turned, moves
+        cells that a neighbour shares, and leaves values that remember what is out of sight: no cache, park or resumed run would
+        ever give the same answer again.
+        """
+        n_kv = sequence.keep if self.model.can_cut and self.context.cut(slot.id, sequence.keep) else 0
+        if not n_kv:
+            self.context.clear(slot.id)
+        self.scheduler.slide(slot, n_kv)
+        self.speculation.forget(sequence.id)
 
     def _preempt(self, slot: Slot) -> None:
         """Park a running sequence and let it wait; it goes on where it was."""

@@ -237,6 +237,8 @@ class Speculation:
     def _offer(self, slot: Slot, sequence: Sequence) -> _Offer | None:
         """Return what may be guessed for a slot, None for nothing."""
         left = sequence.limit - len(sequence.output) - 1
+        if sequence.window:
+            left = min(left, sequence.window - len(slot.tokens))
         if left <= 0:
             return None
         guesser = self._guessers.get(sequence.id)

@@ -151,6 +151,7 @@ export class Answer extends MessageView {
         break;
       case "context.overflow":
         this.dropped = event.dropped_messages;
+        this.droppedTokens = event.dropped_tokens;
         break;
       case "prompt_processing.start":
         this.phase = { text: "Reading the prompt…" };
@@ -233,8 +234,12 @@ export class Answer extends MessageView {
   /** Say what the model did not get to see; known from the event, and later from the row's stats. */
   renderOverflow() {
     const dropped = this.stats.dropped_messages || this.dropped;
-    this.overflow.hidden = !dropped;
-    if (dropped) this.overflow.textContent = `The model no longer sees ${dropped} earlier message${dropped === 1 ? "" : "s"}: the context is full.`;
+    const tokens = this.stats.dropped_tokens || this.droppedTokens;
+    this.overflow.hidden = !dropped && !tokens;
+    const parts = [];
+    if (dropped) parts.push(`${dropped} earlier message${dropped === 1 ? "" : "s"}`);
+    if (tokens) parts.push(`${tokens} earlier tokens of this conversation`);
+    if (parts.length) this.overflow.textContent = `The model no longer sees ${parts.join(" and ")}: the context is full.`;
   }
 
   renderThought() {
