@@ -153,6 +153,16 @@ def is_repo(text: str) -> bool:
     return bool(_REPO.fullmatch(text)) and ".." not in text and "--" not in text
 
 
+def is_revision(text: str) -> bool:
+    """Return whether a text can be a commit."""
+    return bool(_SHA1.fullmatch(text))
+
+
+def address() -> str:
+    """Return where people look at the Hub in a browser."""
+    return str(settings.HF_ENDPOINT)
+
+
 def is_safe_path(path: str) -> bool:
     """Return whether a file's path in a repository is one that we would use: plain ASCII, relative, without tricks."""
     if len(path) > 400:

@@ -393,7 +393,9 @@ def _begin(response: httpx2.Response, file: RemoteFile, descriptor: int, at: int
             raise CorruptDownload(f"The Hub has another {file.path} now than the one that was asked for. Start the download anew.")
     total = _total_size(response)
     if total is not None and total != file.size:
-        raise CorruptDownload(f"The Hub announced {file.path} with {file.size} bytes and sends a file of {total}.")
+        raise CorruptDownload(
+            f"The Hub announced {file.path} with {file.size} bytes and sends a file of {total}. Look at the model again in Discover."
+        )
     if response.status_code == 206:
         start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
         if start != str(at):

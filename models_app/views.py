@@ -96,7 +96,8 @@ def json_errors(view: View[P]) -> View[P]:
     return wrapper
 
 
-def _principal(request: HttpRequest) -> Principal:
+def principal_of(request: HttpRequest) -> Principal:
+    """Return who looks at a page."""
     return Principal(cast("User", request.user))  # LoginRequiredMiddleware lets nobody else in
 
 
@@ -106,7 +107,7 @@ def _principal(request: HttpRequest) -> Principal:
 @require_GET
 def my_models(request: HttpRequest) -> HttpResponse:
     """Show the whole page."""
-    principal = _principal(request)
+    principal = principal_of(request)
     may_import = principal.may(Action.IMPORT_MODELS)
     context = {
         "list": _list_html(request),
@@ -130,7 +131,7 @@ def model_list(request: HttpRequest) -> HttpResponse:
 
 def _list_html(request: HttpRequest) -> str:
     """Render the list with a fingerprint of its content, so that an unchanged one need not be sent again."""
-    principal = _principal(request)
+    principal = principal_of(request)
     visible = InstalledModel.objects.visible_to(principal)
     sizes = list(visible.values_list("size_bytes", flat=True))
     wanted = Filter.parse(request)
@@ -174,7 +175,7 @@ def _filtered(visible: QuerySet[InstalledModel], wanted: Filter) -> QuerySet[Ins
 def load(request: HttpRequest, model_id: int) -> HttpResponse:
     """Load a model as it is, without asking."""
     model = _model(request, model_id)
-    loading.request_load(principal=_principal(request), model=model)
+    loading.request_load(principal=principal_of(request), model=model)
     return _changed(request)
 
 
@@ -182,7 +183,7 @@ def load(request: HttpRequest, model_id: int) -> HttpResponse:
 @shows_errors
 def load_options(request: HttpRequest, model_id: int) -> HttpResponse:
     """Show the load options in a dialog, and load with them; what was typed stays in the form when something is wrong."""
-    principal, model = _principal(request), _model(request, model_id)
+    principal, model = principal_of(request), _model(request, model_id)
     require(principal, Action.LOAD_MODELS)
     form = LoadForm(model, request.POST or None)
     if request.method == "POST" and form.is_valid():
@@ -201,9 +202,9 @@ def load_options(request: HttpRequest, model_id: int) -> HttpResponse:
 @shows_errors
 def unload(request: HttpRequest, instance_id: int) -> HttpResponse:
     """Unload one instance, or put away the error of one that failed."""
-    instance = ModelInstance.objects.filter(pk=instance_id, model__in=InstalledModel.objects.visible_to(_principal(request))).first()
+    instance = ModelInstance.objects.filter(pk=instance_id, model__in=InstalledModel.objects.visible_to(principal_of(request))).first()
     if instance is not None:  # gone already is what was wanted
-        loading.request_unload(principal=_principal(request), instance=instance)
+        loading.request_unload(principal=principal_of(request), instance=instance)
     return _changed(request)
 
 
@@ -212,12 +213,12 @@ def unload(request: HttpRequest, instance_id: int) -> HttpResponse:
 def delete(request: HttpRequest, model_id: int) -> HttpResponse:
     """Delete a model and its file."""
     model = _model(request, model_id)
-    services.delete_model(principal=_principal(request), model=model)
+    services.delete_model(principal=principal_of(request), model=model)
     return _changed(request, {"toast": {"text": f"{model.key} is deleted.", "kind": "good"}})
 
 
 def _model(request: HttpRequest, model_id: int) -> InstalledModel:
-    model = InstalledModel.objects.visible_to(_principal(request)).filter(pk=model_id).first()
+    model = InstalledModel.objects.visible_to(principal_of(request)).filter(pk=model_id).first()
     if model is None:
         raise NotFound("There is no such model any more. Reload the page.")
     return model
@@ -253,7 +254,7 @@ class FinishUpload(msgspec.Struct, forbid_unknown_fields=True):
 def new_upload(request: HttpRequest) -> HttpResponse:
     """Begin an upload."""
     facts = _body(request, NewUpload)
-    upload = uploads.create(principal=_principal(request), file_name=facts.file_name, size=facts.size)
+    upload = uploads.create(principal=principal_of(request), file_name=facts.file_name, size=facts.size)
     return JsonResponse(_upload_state(upload), status=201)
 
 
@@ -261,7 +262,7 @@ def new_upload(request: HttpRequest) -> HttpResponse:
 @json_errors
 def upload(request: HttpRequest, upload_id: str) -> HttpResponse:
     """Say how far an upload is, add a piece at ``?offset=``, or end it."""
-    principal = _principal(request)
+    principal = principal_of(request)
     if request.method == "DELETE":
         uploads.cancel(principal=principal, upload_id=upload_id)
         return HttpResponse(status=204)
@@ -282,7 +283,7 @@ def upload(request: HttpRequest, upload_id: str) -> HttpResponse:
 def finish_upload(request: HttpRequest, upload_id: str) -> HttpResponse:
     """Take a complete upload into the models directory."""
     facts = _body(request, FinishUpload)
-    model = uploads.finish(principal=_principal(request), upload_id=upload_id, user_repo=facts.user_repo.strip() or None)
+    model = uploads.finish(principal=principal_of(request), upload_id=upload_id, user_repo=facts.user_repo.strip() or None)
     return JsonResponse({"key": model.key, "display_name": model.display_name, "size_bytes": model.size_bytes}, status=201)
 
 

@@ -148,5 +148,33 @@ document.addEventListener("htmx:beforeSwap", (event) => {
   if (status >= 400 && !event.detail.xhr.getResponseHeader("HX-Reswap")) event.detail.shouldSwap = true;
 });
 
+// The badge of Activity: how many downloads run, or, in red, how many need this person.
+const badge = document.getElementById("activity-badge");
+const BADGE_MS = 5000;
+let badgeTimer;
+
+async function showBadge() {
+  clearTimeout(badgeTimer);
+  try {
+    const response = document.hidden ? null : await fetch(badge.dataset.url, { headers: { Accept: "application/json" } });
+    if (response?.ok && !response.redirected) {
+      const { running, attention } = await response.json();
+      badge.hidden = !(attention || running);
+      badge.classList.toggle("bad", attention > 0);
+      badge.textContent = attention || running;
+      badge.setAttribute("aria-label", attention ? `${attention} need attention` : `${running} in progress`);
+    }
+  } catch {
+    // The server is away; the page's own parts say so.
+  }
+  clearTimeout(badgeTimer);
+  badgeTimer = setTimeout(showBadge, BADGE_MS);
+}
+
+if (badge) {
+  showBadge();
+  document.addEventListener("activity-changed", showBadge);
+}
+
 showTheme();
 localTimes(document);

@@ -9,18 +9,25 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from django.core.cache import cache
 from django.core.management import CommandError, call_command
 from django.db import connection
 
-from models_app import services
-from models_app.models import InstalledModel, ModelInstance
+from models_app import services, transfer
+from models_app.models import Download, InstalledModel, ModelInstance
+from tests.hub.server import Hub, Repo
+from tests.micro_models import make_micro
 from tests.models.hostile import hostile_files
 from workers.models import WorkerNode
+
+if TYPE_CHECKING:
+    from pytest_django import Settings
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -230,3 +237,60 @@ def test_exit_status_and_no_traceback(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
         assert done.stderr.startswith("CommandError: ")
         assert time.monotonic() - started < 20
+
+
+# --- get --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_on_hub(hub: Hub, settings: Settings, tmp_path: Path) -> str:
+    settings.HF_ENDPOINT = hub.url
+    cache.clear()
+    hub.add(
+        Repo("acme/Got-GGUF", {"Got-F32.gguf": make_micro(tmp_path / "got.gguf").read_bytes(), "Got-Q8_0.gguf": b"x" * 5000}, downloads=5)
+    )
+    return "acme/Got-GGUF"
+
+
+@pytest.fixture
+def io_worker() -> Iterator[None]:
+    """Work on downloads as the io worker does, from a thread, until the test ends."""
+    stop = threading.Event()
+    worker = transfer.Worker("test", uuid.uuid4(), threading.Event())
+
+    def loop() -> None:
+        while not stop.wait(0.02):
+            for pk in Download.objects.filter(status="queued").values_list("pk", flat=True):
+                transfer.run(pk, worker)
+        connection.close()
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("io_worker")
+def test_get(tiny_on_hub: str) -> None:
+    assert "acme/got is installed." in run("get", f"{tiny_on_hub}@f32")
+    assert "installed already" in run("get", f"https://huggingface.co/{tiny_on_hub}/blob/main/Got-F32.gguf")
+    assert json.loads(run("get", f"{tiny_on_hub}@F32", "--json")) == {"status": "already_downloaded", "modelKey": "acme/got"}
+    with pytest.raises(CommandError, match=r"no model|not a GGUF"):
+        run("get", f"{tiny_on_hub}@q8_0", "--json")
+
+
+def test_get_says_what_is_wrong(tiny_on_hub: str, hub: Hub) -> None:
+    answer = json.loads(run("get", "got", "--yes", "--json", "--no-wait"))
+    assert (answer["repo"], answer["status"], answer["modelKey"]) == (tiny_on_hub, "queued", None)
+    for words, message in (
+        (["got"], "Several are possible"), (["no-such-thing", "--yes"], "no GGUF model"), (["acme/none"], "no model acme/none"),
+        ([f"{tiny_on_hub}@q2"], "no quantization 'q2'"), (["https://evil.example/a/b"], "Only addresses"), ([], "Several are possible"),
+        (["got", "--mlx", "--yes"], "no MLX model"),
+    ):  # fmt: skip
+        with pytest.raises(CommandError, match=message):
+            run("get", *words)
+    hub.down = True
+    cache.clear()
+    with pytest.raises(CommandError, match="cannot be reached"):
+        run("get", tiny_on_hub)

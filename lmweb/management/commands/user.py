@@ -32,6 +32,10 @@ class Command(PlainCommand):
         create.add_argument("--role", choices=Role.values, default=Role.MEMBER.value, help="what the person may do (default: member)")
         create.add_argument("--password-stdin", action="store_true", help="read the password from the first line of standard input")
         create.set_defaults(run=self.create)
+        downloads = subcommands.add_parser("downloads", help="let a member download models without asking, or not any more")
+        downloads.add_argument("name", metavar="NAME", help="whose account")
+        downloads.add_argument("allowed", choices=["yes", "no"], help="whether downloads need no request")
+        downloads.set_defaults(run=self.downloads)
         listing = subcommands.add_parser("list", help="list accounts")
         listing.add_argument("--json", action="store_true", help="print JSON")
         listing.set_defaults(run=self.list)
@@ -69,6 +73,17 @@ class Command(PlainCommand):
             for kind, limit in (("running", user.running_limit), ("waiting", user.waiting_limit))
         ]
         self.stdout.write(f"{user.get_username()}: {', '.join(shown)}.")
+
+    def downloads(self, options: dict[str, Any]) -> None:
+        """Give or take the right to download models."""
+        user = User.objects.filter(username=options["name"]).first()
+        if user is None:
+            raise NotFound(f"There is no account '{options['name']}'.")
+        user.may_download = options["allowed"] == "yes"
+        user.save(update_fields=["may_download"])
+        self.stdout.write(
+            f"{user.get_username()} {'downloads models without asking' if user.may_download else 'asks before downloads'} now."
+        )
 
     def list(self, options: dict[str, Any]) -> None:
         """List accounts."""
