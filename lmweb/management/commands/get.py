@@ -42,7 +42,7 @@ class Command(ModelCommand):
         text: str = options["model"]
         quantization = ""
         if "://" not in text:
-            text, _, quantization = text.partition("@")
+            text, quantization = text.split("@", 1) if "@" in text else (text, "")
         found = downloads.find(self._choose_model(text.strip(), options), quantization)
         variant = found.chosen
         if options["always_show_download_options"] or (not quantization and self._asks(options) and len(found.offered) > 1):
