@@ -20,15 +20,19 @@ RESERVED_OUTPUT = 512
 MIN_CHUNK = 32
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Slot:
-    """One sequence id of the engine. ``tokens`` is what it holds or will hold, of which ``n_kv`` are computed."""
+    """One sequence id of the engine. ``tokens`` is what it holds or will hold, of which ``n_kv`` are computed.
+
+    The cells of its first ``borrowed`` tokens are those of ``lender``.
+    """
 
     id: int
     sequence: Sequence | None = None
     tokens: list[int] = field(default_factory=list)
     n_kv: int = 0
     borrowed: int = 0
+    lender: Slot | None = None
 
     @property
     def is_decoding(self) -> bool:
@@ -156,18 +160,28 @@ class Scheduler:
             return Admission(free, sequence, source, n_shared)
         return None
 
-    def occupy(self, slot: Slot, sequence: Sequence, n_kv: int, *, borrowed: int = 0) -> None:
-        """Note that the slot holds this sequence now, with ``n_kv`` tokens computed already."""
-        slot.sequence, slot.tokens, slot.n_kv, slot.borrowed = sequence, sequence.tokens, n_kv, borrowed
+    def occupy(self, slot: Slot, sequence: Sequence, n_kv: int, *, lender: Slot | None = None) -> None:
+        """Note that the slot holds this sequence now, with ``n_kv`` tokens computed already, which may be ``lender``'s."""
+        slot.sequence, slot.tokens, slot.n_kv = sequence, sequence.tokens, n_kv
+        slot.lender, slot.borrowed = lender, n_kv if lender else 0
 
     def slide(self, slot: Slot, n_kv: int) -> None:
         """Note that the sequence's window has moved on: of what it sees now, ``n_kv`` tokens are computed."""
         assert slot.sequence is not None
         slot.tokens, slot.n_kv, slot.borrowed = slot.sequence.tokens, n_kv, min(slot.borrowed, n_kv)
+        for other in self.slots:
+            if other.lender is slot:
+                other.borrowed = min(other.borrowed, n_kv)
 
     def release(self, slot: Slot) -> None:
-        """Free the slot."""
-        slot.sequence, slot.tokens, slot.n_kv, slot.borrowed = None, [], 0, 0
+        """Free the slot. Cells that others borrowed stay in use: whoever has most of them is their owner from now on."""
+        borrowers = [other for other in self.slots if other.lender is slot]
+        if borrowers:
+            heir = max(borrowers, key=lambda other: other.borrowed)
+            for other in borrowers:
+                other.lender = heir
+            heir.lender, heir.borrowed = slot.lender, min(heir.borrowed, slot.borrowed)
+        slot.sequence, slot.tokens, slot.n_kv, slot.borrowed, slot.lender = None, [], 0, 0, None
 
     def overdue(self) -> Slot | None:
         """Return the slot that has to make room, when somebody who has less than their share finds no slot or no cells."""
@@ -234,5 +248,8 @@ class Scheduler:
 
     @staticmethod
     def _reserve(sequence: Sequence) -> int:
-        """Return the cells to keep free for what the sequence still says, as far as it may grow at once."""
-        return min(max(sequence.limit - len(sequence.output), 0), RESERVED_OUTPUT)
+        """Return the cells to keep free for what the sequence still says."""
+        left = max(sequence.limit - len(sequence.output), 0)
+        if sequence.window:
+            left = min(left, sequence.window - len(sequence.prompt) - len(sequence.output) + sequence.dropped)
+        return min(left, RESERVED_OUTPUT)

@@ -11,6 +11,7 @@ from tests.micro_models import make_micro
 from workers.engines import registry
 from workers.engines.base import Sequence, StepResult
 from workers.engines.llama_cpp import LlamaEngine
+from workers.scheduler import Scheduler
 from workers.schemas import LoadConfig, SamplingParams
 
 #: Without rounding to 16 bits, batched results differ from single ones so little that sampled outputs of any length agree.
@@ -255,4 +256,33 @@ def test_moving_windows_hold_in_a_batch_and_after_an_interruption(micro: Path) -
     engine.close()
     engine = open_engine(micro, context_length=1024, parallel=4, prompt_lookup=True, **EXACT)
     assert finish(engine, *(sliding(engine, str(i), sampling=sampling) for i, sampling in enumerate(samplings))) == alone_outputs
+    engine.close()
+
+
+def test_borrowed_cells_stay_in_use_when_their_lender_has_gone() -> None:
+    scheduler = Scheduler(slots=4, cells=400, batch_tokens=512, can_share=True)
+    items = [Sequence(str(i), "a", [*range(100), 1000 + i], 0, GREEDY, limit=1) for i in range(4)]
+    lender, first, second, _ = scheduler.slots
+    scheduler.occupy(lender, items[0], 101)
+    scheduler.occupy(first, items[1], 100, lender=lender)
+    scheduler.occupy(second, items[2], 60, lender=lender)
+    scheduler.release(lender)
+    assert (first.lender, first.borrowed) == (None, 0)
+    assert (second.lender, second.borrowed) == (first, 60)
+    scheduler.release(first)
+    assert (second.lender, second.borrowed) == (None, 0)
+
+
+def test_a_sequence_that_just_had_to_go_does_not_come_back_before_others_got_further(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.memory.EXTRA_CELLS_BYTES", 0)
+    monkeypatch.setattr("workers.scheduler.RESERVED_OUTPUT", 0)
+    engine = open_engine(micro, context_length=256, parallel=4)
+    items = [sequence(engine, str(i), " ".join(WORDS[i : i + 12]), limit=100) for i in range(4)]
+    for item in items:
+        engine.add(item)
+    for _ in range(3000):
+        if not engine.has_work:
+            break
+        step(engine)
+    assert [len(item.output) for item in items] == [100] * 4
     engine.close()

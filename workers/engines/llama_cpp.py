@@ -77,6 +77,7 @@ class LlamaEngine:
     _constraints: ConstraintFactory | None = None
     _pace: _Pace = field(default_factory=_Pace)
     _embedder: LlamaEmbedder | None = None
+    _crowded: bool = False
 
     def embedder(self) -> LlamaEmbedder:
         """Return what computes embeddings; made at the first use, because few language models are asked for any."""
@@ -143,10 +144,8 @@ class LlamaEngine:
 
     def step(self, take: TokenTaker) -> StepResult:
         """Admit what fits, compute one batch and sample."""
-        if (overdue := self.scheduler.overdue()) is not None:
-            self._preempt(overdue)
-        while self.scheduler.waiting and (admission := self.scheduler.next_admission()) is not None:
-            self._admit(admission)
+        if not self._crowded:  # else whoever just had to go would come back before anybody got further
+            self._admit_waiting()
         decoding, chunks = self.scheduler.plan(self._pace.budget())
         started = time.perf_counter()
         guesses = self._guess(decoding, chunks)
@@ -156,6 +155,7 @@ class LlamaEngine:
         computing = time.perf_counter()
         if self.context.decode(n) == 1:
             return self._make_room(guessed=bool(guesses))
+        self._crowded = False
         now = time.perf_counter()
         if not chunks:
             self.speculation.note_step(n, now - computing)
@@ -167,6 +167,13 @@ class LlamaEngine:
                 self._slide(slot, slot.sequence)
                 result.slid.append(slot.sequence)
         return result
+
+    def _admit_waiting(self) -> None:
+        """Let those in whose turn it is, and who fit."""
+        if (overdue := self.scheduler.overdue()) is not None:
+            self._preempt(overdue)
+        while self.scheduler.waiting and (admission := self.scheduler.next_admission()) is not None:
+            self._admit(admission)
 
     def _progress(self, decoding: list[Slot], chunks: list[Chunk], guessed: int, seconds: float) -> StepResult:
         """Note what a step has computed, and what it cost whom."""
@@ -200,16 +207,16 @@ class LlamaEngine:
 
     def _admit(self, admission: Admission) -> None:
         """Give a sequence its slot with the longest prefix at hand: a running neighbour's cells, or a parked state."""
-        slot, sequence, n_kv, borrowed = admission.slot, admission.sequence, 0, 0
+        slot, sequence, n_kv, lender = admission.slot, admission.sequence, 0, None
         parked = self.park.find(sequence, whole=not self.model.can_cut)
         if parked and parked[1] > admission.n_shared:
             n_kv = self._restore(slot, *parked)
         if not n_kv and admission.source is not None and admission.n_shared:
             self.context.copy(admission.source.id, slot.id, admission.n_shared)
-            n_kv = borrowed = admission.n_shared
+            n_kv, lender = admission.n_shared, admission.source
         if sequence.id not in self._samplers:  # not one that was preempted: its prompt was counted before
             sequence.cached = min(n_kv, len(sequence.prompt))
-        self.scheduler.occupy(slot, sequence, n_kv, borrowed=borrowed)
+        self.scheduler.occupy(slot, sequence, n_kv, lender=lender)
         if sequence.id not in self._samplers:
             self._samplers[sequence.id] = TokenSampler(
                 sequence.sampling, self.model, sequence.prompt + sequence.output, drawn=len(sequence.output)
@@ -337,6 +344,7 @@ class LlamaEngine:
         victim = self.scheduler.preempt()
         if victim is not None:
             self._preempt(victim)
+            self._crowded = True
             return result
         for slot in self.scheduler.running:
             if slot.sequence:

@@ -45,6 +45,7 @@ class TokenSampler:
         self._bias_tokens = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
         self._bias = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
         self._dry: Any = _make_dry(params, model, history)
+        self._drawn = drawn
         self._chain: Any = None if params.temperature <= 0 else self._make_chain(model, drawn)
 
     def sample(self, logits: NDArray[np.float32], context: Any, index: int, constraint: Constraint | None = None) -> int:
@@ -58,13 +59,34 @@ class TokenSampler:
         limited = constraint is not None and constraint.active
         if limited and constraint is not None and (self._chain is not None or not constraint.allows(int(logits.argmax()))):
             constraint.mask(logits)
+        if self._has_xtc:
+            self._renew_xtc()
         token = int(logits.argmax()) if self._chain is None else int(C.llama_sampler_sample(self._chain, context, index))
+        self._drawn += 1
         if limited and constraint is not None:
             constraint.accept(token)
         if self._dry is not None:
             C.llama_sampler_accept(self._dry, token)
         self._recent.append(token)
         return token
+
+    @property
+    def _has_xtc(self) -> bool:
+        params = self._params
+        return params.xtc_probability > 0.0 and params.temperature > 0.0 and not params.mirostat
+
+    def _renew_xtc(self) -> None:
+        """Put a new XTC sampler, with a seed for this token, in the place of the old one.
+
+        How many random numbers an old one has drawn depends on the logits, so a resumed run could not skip them.
+        """
+        params, chain = self._params, self._chain
+        dist, temperature, old = (C.llama_sampler_chain_remove(chain, C.llama_sampler_chain_n(chain) - 1) for _ in range(3))
+        C.llama_sampler_free(old)
+        seed = ((params.seed or 0) + 0x9E3779B1 * (self._drawn + 1)) & 0xFFFFFFFF
+        C.llama_sampler_chain_add(chain, C.llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, seed))
+        C.llama_sampler_chain_add(chain, temperature)
+        C.llama_sampler_chain_add(chain, dist)
 
     def _apply_penalties(self, logits: NDArray[np.float32]) -> None:
         """Penalise recent tokens. Formula: llama.cpp's ``llama_sampler_penalties_apply``."""

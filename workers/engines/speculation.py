@@ -201,12 +201,13 @@ class Speculation:
         plan = {
             o.slot.id: Guesses(o.found[:length], by_draft=False) for o, length in zip(offers, lengths, strict=True) if o.found and length
         }
-        drafted = [o.slot for o, length in zip(offers, lengths, strict=True) if o.by_draft and length]
+        drafted = {o.slot.sequence.id: (o.slot, n) for o, n in zip(offers, lengths, strict=True) if o.by_draft and n and o.slot.sequence}
         if drafted and self.draft is not None:
-            found = self.draft.guess([(slot.sequence.id, slot.tokens) for slot in drafted if slot.sequence], max(lengths))
-            for slot in drafted:
-                if slot.sequence is not None and slot.sequence.id in found:
-                    plan[slot.id] = Guesses(found[slot.sequence.id], by_draft=True)
+            longest = max(n for _, n in drafted.values())
+            found = self.draft.guess([(owner, slot.tokens) for owner, (slot, _) in drafted.items()], longest)
+            for owner, tokens in found.items():
+                slot, length = drafted[owner]
+                plan[slot.id] = Guesses(tokens[:length], by_draft=True)
         return plan
 
     def skip_next(self) -> None:
