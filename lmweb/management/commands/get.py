@@ -9,9 +9,9 @@ from typing import Any
 from django.core.management.base import CommandParser
 
 from lmweb.errors import Conflict, InvalidRequest, LmwebError, OutboundFailed
-from lmweb.management.commands.load import whole_number
 from models_app import catalog, downloads, hub
 from models_app.cli import ModelCommand, size
+from models_app.load_options import whole_number
 from models_app.models import Download, InstalledModel
 from models_app.variants import Variant
 
