@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
 from lmweb.errors import InvalidModelFile
+from workers.parsing.reasoning import THINK, tags_of
 
 MAX_HEADER_BYTES: Final = 128 * 1024 * 1024  # the largest vocabularies in use need about 20 MB
 MAX_KEYS: Final = 4096
@@ -706,10 +707,11 @@ def _params_string(facts: _Facts, parameters: int) -> str:
 
 def _capabilities(template: str) -> dict[str, bool]:
     """Return what the chat template shows that the model was trained for. Vision needs a projector, which is not supported."""
+    has_tags = bool(re.search(r"<think>|</think>|enable_thinking|reasoning_content|<\|channel\|>analysis", template))
     return {
         "vision": False,
         "trained_for_tool_use": bool(re.search(r"\btools\b|<tool_call>|\btool_calls\b", template)),
-        "reasoning": bool(re.search(r"<think>|</think>|enable_thinking|reasoning_content|<\|channel\|>analysis", template)),
+        "reasoning": has_tags or tags_of(template) is not THINK,
     }
 
 

@@ -117,7 +117,7 @@ def build(name: str) -> dict[str, str]:
             "What is lmweb?",
             "",
             status="queued",
-            events=(QueueUpdate(position=2, reason="the model is busy", eta_seconds=8.0),),
+            events=(QueueUpdate(position=2, reason="You have 2 answers running, as many as you may have at once.", eta_seconds=8.0),),
             **none,
         ),
         "loading": chat(

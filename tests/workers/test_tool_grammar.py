@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +14,15 @@ import pytest
 from llguidance import LLTokenizer
 
 from lmweb.errors import InvalidRequest
+from tests.micro_models import make_micro, starter_vocabulary
 from workers.constraints import ConstraintFactory
+from workers.engines import registry
 from workers.events import ToolCallArguments, ToolCallStart
 from workers.parsing.tools import families
-from workers.parsing.tools.families import Notation, Parameters, Syntax
+from workers.parsing.tools.families import Form, Notation, Parameters, Syntax
 from workers.parsing.tools.reader import CallReader
 from workers.parsing.tools.requests import grammars
-from workers.schemas import ChatMessage, GenerationRequest, Tool
+from workers.schemas import ChatMessage, GenerationRequest, LoadConfig, Tool
 
 SYNTAXES = {name: value for name, value in vars(families).items() if isinstance(value, Syntax)}
 SCHEMA: dict[str, Any] = {
@@ -57,6 +62,43 @@ def check(arguments: dict[str, Any]) -> None:
     assert len(arguments.get("tags", [])) <= 2
     assert isinstance(arguments["at"].pop("y"), bool)
     assert arguments["at"] in ({}, {"x": 1})
+
+
+#: GLM's way with tags that are control tokens of the micro model's vocabulary, as GLM's are of its own.
+WITH_CONTROL_TOKENS = replace(
+    families.GLM,
+    marker="<tool_call>",
+    tail=(" </tool_call>",),
+    arguments=Parameters(" <|im_start|>", (Form("<think>", "</think>"),)),
+)
+
+
+def test_control_tokens_end_texts(tmp_path: Path) -> None:
+    """Texts, which anything may follow but control tokens, end with the control token that closes them."""
+    engine = registry.factory("llama.cpp")(
+        str(make_micro(tmp_path / "m.gguf")), LoadConfig(cpu_threads=1, context_length=64), lambda _f: None
+    )
+    request = GenerationRequest(model="m", messages=[ChatMessage(role="user", content="x")], tools=TOOLS)
+    specials = {token: text for token, text in enumerate(starter_vocabulary().tokens) if text.startswith("<") and text.endswith(">")}
+    for seed in range(8):
+        dice = random.Random(seed)
+        constraint = engine.constraints().make_calls(lambda literal: grammars(request, WITH_CONTROL_TOKENS, literal))
+        reader = CallReader(WITH_CONTROL_TOKENS, {tool.name: json.loads(tool.parameters) for tool in TOOLS}, "g")
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces: list[Any] = reader.feed(WITH_CONTROL_TOKENS.marker)
+        for _ in range(4000):
+            logits = np.zeros(engine.info.vocab_size, np.float32)
+            constraint.mask(logits)
+            token = int(dice.choice(np.flatnonzero(np.isfinite(logits))))
+            constraint.accept(token)
+            pieces += reader.feed(specials.get(token) or decoder.decode(engine.piece(token)))
+            if reader.completed:
+                break
+        assert reader.completed == 1
+        arguments = json.loads("".join(piece.content for piece in pieces if isinstance(piece, ToolCallArguments)))
+        if pieces[0].tool == "find":
+            check(arguments)
+    engine.close()
 
 
 @pytest.mark.parametrize("name", SYNTAXES)

@@ -286,7 +286,7 @@ def test_tools_in_the_system_message() -> None:
 TYPES = {
     "properties": {
         "text": {"type": "string"}, "count": {"type": "integer"}, "maybe": {"type": ["string", "null"]}, "any": {},
-        "ref": {"$ref": "#/$defs/word"}, "either": {"anyOf": [{"type": "number"}, {"type": "string"}]},
+        "list": {"type": "array"}, "ref": {"$ref": "#/$defs/word"}, "either": {"anyOf": [{"type": "number"}, {"type": "string"}]},
     },
     "$defs": {"word": {"enum": ["1", "true"]}},
 }  # fmt: skip
@@ -303,10 +303,13 @@ TYPES = {
         ("maybe", "nothing", "nothing"),
         ("any", '{"a": [1]}', {"a": [1]}),
         ("any", "words", "words"),
+        ("any", "NaN", "NaN"),
         ("ref", "true", "true"),
         ("either", "1.5", 1.5),
         ("either", "1.5.2", "1.5.2"),
         ("unknown", "false", False),
+        ("list", '["</arg_value>", "\\\\\\"</arg_value>", 1]', ["</arg_value>", '\\"</arg_value>', 1]),
+        ("list", " [ ] ", []),
     ],
 )
 @pytest.mark.parametrize("size", [1, 1000])

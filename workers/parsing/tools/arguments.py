@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Protocol
+from typing import Protocol
 
 from workers.parsing.stops import partial_suffix
 from workers.parsing.tools.families import Form, Notation, Parameters, Syntax
@@ -66,7 +66,7 @@ class _JsonReader:
 
 
 class _ParameterReader:
-    """Reads parameter by parameter. Text is passed on as it comes; a value that may be text or not waits for its end."""
+    """Reads parameter by parameter. Text and JSON are passed on as they come; a value that may be either waits for its end."""
 
     def __init__(self, syntax: Parameters, tail: tuple[str, ...], schema: Schema) -> None:
         self.done = False
@@ -128,10 +128,11 @@ class _ParameterReader:
 
     def _value(self, text: str, parts: list[str]) -> int | None:
         close = self._form.close
-        end = self._json_end(text) if self._kind == "json" else text.find(close)
+        if self._kind == "json":
+            return self._json_value(text, parts)
+        end = text.find(close)
         if end >= 0:
-            value = text[:end]
-            parts.append(escaped(value) + '"' if self._kind == "text" else json_value(value, self._kind))
+            parts.append(escaped(text[:end]) + '"' if self._kind == "text" else json_value(text[:end]))
             self._state = "next"
             return end + len(close)
         taken = len(text) - partial_suffix(text, close) if self._kind == "text" else 0
@@ -140,19 +141,26 @@ class _ParameterReader:
         parts.append(escaped(text[:taken]))
         return taken
 
-    def _json_end(self, text: str) -> int:
-        """Return where a JSON value ends: at the closing text outside of strings."""
-        in_string = skip = False
-        for position, character in enumerate(text):
-            if skip:
-                skip = False
-            elif in_string:
-                skip, in_string = character == "\\", character != '"'
-            elif character == '"':
-                in_string = True
-            elif text.startswith(self._form.close, position):
-                return position
-        return -1
+    def _json_value(self, text: str, parts: list[str]) -> int | None:
+        """Pass JSON on up to the closing text, which does not count inside of strings."""
+        if self._in_string:
+            taken = 0
+            while taken < len(text) and self._in_string:
+                character = text[taken]
+                self._in_string = self._escaped or character != '"'
+                self._escaped = not self._escaped and character == "\\"
+                taken += 1
+        else:
+            close, quote = self._form.close, text.find('"')
+            end = text.find(close, 0, quote if quote >= 0 else None)
+            if end >= 0:
+                parts.append(text[:end])
+                self._state = "next"
+                return end + len(close)
+            self._in_string = quote >= 0
+            taken = quote + 1 if quote >= 0 else len(text) - partial_suffix(text, close)
+        parts.append(text[:taken])
+        return taken or None
 
 
 class _NotationReader:
@@ -221,13 +229,5 @@ class _NotationReader:
         if not after:
             return 0
         is_name = after[0] in (":", self._notation.equals)
-        parts.append(json.dumps(word, ensure_ascii=False) if is_name else self._words.get(word) or _number(word))
+        parts.append(json.dumps(word, ensure_ascii=False) if is_name else self._words.get(word) or json_value(word))
         return len(word)
-
-
-def _number(word: str) -> str:
-    try:
-        value: Any = json.loads(word)
-    except ValueError:
-        value = word
-    return json.dumps(value, ensure_ascii=False)

@@ -64,16 +64,18 @@ def rooted(schema: Any, root: Schema) -> dict[str, Any]:
     return {**definitions, **schema} if isinstance(schema, dict) else definitions
 
 
-def json_value(text: str, wanted: Kind) -> str:
-    """Return a value that was written without quotes as JSON."""
-    if wanted != "text":
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = text
-        if wanted == "json" or not isinstance(value, str):
-            return text.strip() if not isinstance(value, str) else json.dumps(text, ensure_ascii=False)
-    return json.dumps(text, ensure_ascii=False)
+def json_value(text: str) -> str:
+    """Return a value that may be a string without quotes, or JSON, as JSON."""
+    try:
+        is_text = isinstance(json.loads(text, parse_constant=_refuse), str)
+    except (ValueError, RecursionError):
+        is_text = True
+    return json.dumps(text, ensure_ascii=False) if is_text else text.strip()
+
+
+def _refuse(word: str) -> None:
+    """Raise ``ValueError`` for NaN and Infinity, which Python reads and JSON does not know."""
+    raise ValueError(word)
 
 
 def escaped(text: str) -> str:
