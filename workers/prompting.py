@@ -19,8 +19,9 @@ from workers.parsing.tools.requests import usable_tools
 from workers.schemas import ChatMessage, GenerationRequest, Tool
 from workers.templates import ChatTemplate
 
-#: The variables by which templates switch thinking on and off.
+#: The variables by which templates switch thinking on and off, and those by which they set how much.
 _SWITCHES = ("enable_thinking", "thinking")
+_LEVELS = ("reasoning_effort", "thinking_effort")
 
 
 class Prompter:
@@ -72,10 +73,11 @@ class Prompter:
         wanted = request.reasoning
         if wanted is None:
             return {}
-        variables: dict[str, Any] = {name: wanted != "off" for name in _SWITCHES if name in self._source}
-        has_levels = "reasoning_effort" in self._source
-        if has_levels and wanted not in {"off", "on"}:
-            variables["reasoning_effort"] = wanted
-        if not variables and not (has_levels and wanted == "on"):
+        known = self._template.variables
+        variables: dict[str, Any] = {name: wanted != "off" for name in _SWITCHES if name in known}
+        levels = [name for name in _LEVELS if name in known]
+        if wanted not in {"off", "on"}:
+            variables |= dict.fromkeys(levels, wanted)
+        if not variables and not (levels and wanted == "on"):
             raise InvalidRequest(f"The reasoning of this model cannot be set to '{wanted}'.")
         return variables

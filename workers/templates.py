@@ -15,7 +15,7 @@ from functools import partial
 from types import FrameType, GeneratorType
 from typing import Any
 
-from jinja2 import TemplateError as JinjaError, nodes
+from jinja2 import TemplateError as JinjaError, meta, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
@@ -189,6 +189,8 @@ class ChatTemplate:
         try:
             with _time_limit(TIME_LIMIT_SECONDS):
                 self._template = environment.from_string(source or CHATML)
+                #: The names of the variables that the template reads.
+                self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source or CHATML)))
         except (JinjaError, RecursionError) as error:
             raise TemplateError(f"The model's chat template is not valid: {error}") from error
 

@@ -331,6 +331,7 @@ BAD = [
     ({"logit_bias": {"1": 101}}, 400, "logit_bias", "invalid_request"),
     ({"stream": "yes"}, 400, "stream", "invalid_request"),
     ({"stream_options": []}, 400, "stream_options", "invalid_request"),
+    ({"reasoning_effort": "enormous"}, 400, "reasoning_effort", "invalid_request"),
     ({"chat_template_kwargs": {"messages": "x"}}, 400, "chat_template_kwargs", "invalid_request"),
     ({"chat_template_kwargs": {"x": [1]}}, 400, "chat_template_kwargs", "invalid_request"),
     ({"n": 0}, 400, "n", "invalid_request"),

@@ -109,6 +109,8 @@ def test_calls_in_messages() -> None:
 
 
 def test_template_variables() -> None:
+    assert translated(reasoning_effort="none")["reasoning"] == "off"
+    assert translated(reasoning_effort="minimal")["reasoning"] == "low"
     assert translated(chat_template_kwargs={"enable_thinking": True})["template_kwargs"] == {"enable_thinking": True}
 
 

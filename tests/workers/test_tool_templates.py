@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from llguidance import LLTokenizer
 
-from lmweb.errors import TemplateError
+from lmweb.errors import InvalidRequest, TemplateError
 from tests.chat_templates import TemplatesUnavailable, fetch
 from workers.constraints import ConstraintFactory
 from workers.events import MessageDelta, ReasoningDelta, ToolCallArguments, ToolCallStart
@@ -243,3 +244,29 @@ def test_a_prompt_may_begin_the_thoughts(folder: Path, name: str, variables: dic
     made = prompter(folder, name)
     request = GenerationRequest(model="m", messages=TALK[:1], template_kwargs=variables)
     assert made.starts_reasoning(made.render(request, request.messages)) is thinks
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "shown"),
+    [
+        ("openai-gpt-oss-120b", "high", "Reasoning: high"),
+        ("openai-gpt-oss-120b", "on", "Reasoning: medium"),
+        ("openai-gpt-oss-120b", "off", None),
+        ("Qwen-Qwen3-0.6B", "off", "<think>\n\n</think>"),
+        ("Qwen-Qwen3-0.6B", "high", "assistant\n"),
+        ("GLM-4.7-Flash", "off", "</think>"),
+        ("GLM-4.7-Flash", "low", "<think>"),
+        ("ibm-granite-granite-3.3-2B-Instruct", "on", "<think></think>"),
+        ("Qwen-Qwen2.5-7B-Instruct", "off", None),
+        ("Qwen-Qwen2.5-7B-Instruct", "low", None),
+        ("unsloth-Apriel-1.5", "on", None),
+    ],
+)
+def test_how_much_a_model_thinks_is_set_as_its_template_knows(folder: Path, name: str, wanted: str, shown: str | None) -> None:
+    made = prompter(folder, name)
+    request = msgspec.convert({"model": "m", "messages": [{"role": "user", "content": "x"}], "reasoning": wanted}, GenerationRequest)
+    if shown is None:
+        with pytest.raises(InvalidRequest, match=wanted):
+            made.render(request, request.messages)
+    else:
+        assert shown in made.render(request, request.messages)
