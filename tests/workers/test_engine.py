@@ -273,6 +273,21 @@ def test_borrowed_cells_stay_in_use_when_their_lender_has_gone() -> None:
     assert (second.lender, second.borrowed) == (None, 0)
 
 
+def test_who_had_to_go_comes_back_when_the_others_are_cancelled(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.memory.EXTRA_CELLS_BYTES", 0)
+    monkeypatch.setattr("workers.scheduler.RESERVED_OUTPUT", 0)
+    engine = open_engine(micro, context_length=256, parallel=2)
+    first, second = (sequence(engine, str(i), " ".join(WORDS[i : i + 12]), limit=150) for i in range(2))
+    engine.add(first)
+    engine.add(second)
+    while not engine.scheduler.waiting or not second.output:
+        step(engine)
+    engine.remove("0")
+    assert len(finish(engine)) == 0
+    assert len(second.output) == 150
+    engine.close()
+
+
 def test_a_sequence_that_just_had_to_go_does_not_come_back_before_others_got_further(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.memory.EXTRA_CELLS_BYTES", 0)
     monkeypatch.setattr("workers.scheduler.RESERVED_OUTPUT", 0)

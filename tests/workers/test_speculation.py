@@ -76,6 +76,15 @@ def test_nothing_is_guessed_before_a_plain_step_was_measured_and_more_than_fits_
     assert best_length(times(t2=1.0), 2, [(1.0, 8)] * 2, room=5) == 2
 
 
+def test_a_slow_step_now_and_then_does_not_count() -> None:
+    found = times(t1=1.0, t2=9.0, t3=9.0, t5=1.2)
+    assert [found.expect(n) for n in (1, 2, 3, 4, 5, 9)] == [1.0, 1.2, 1.2, 1.2, 1.2, 1.2]
+    found.note(1, 50.0)
+    assert found.expect(1) == 1.2
+    assert times(t1=1.0, t5=2.0).expect(3) == 1.5
+    assert StepTimes().expect(3) == 0.0
+
+
 def test_chances_follow_what_was_seen() -> None:
     chance = Chance()
     for _ in range(100):

@@ -144,7 +144,7 @@ class LlamaEngine:
 
     def step(self, take: TokenTaker) -> StepResult:
         """Admit what fits, compute one batch and sample."""
-        if not self._crowded:  # else whoever just had to go would come back before anybody got further
+        if not self._crowded or not self.scheduler.running:  # else whoever just had to go would come back before anybody got further
             self._admit_waiting()
         decoding, chunks = self.scheduler.plan(self._pace.budget())
         started = time.perf_counter()

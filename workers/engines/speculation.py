@@ -51,7 +51,7 @@ class Chance:
 
 
 class StepTimes:
-    """How long a step takes by the number of tokens in it, measured; in seconds."""
+    """How long a step takes by the number of tokens in it, measured; in seconds. Single slow steps (a busy machine) count little."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
@@ -59,19 +59,22 @@ class StepTimes:
     def note(self, tokens: int, seconds: float) -> None:
         """Learn from a step."""
         old = self._seconds.get(tokens)
-        self._seconds[tokens] = seconds if old is None else 0.7 * old + 0.3 * seconds
+        self._seconds[tokens] = seconds if old is None else 0.7 * old + 0.3 * min(seconds, 2 * old)
 
     def expect(self, tokens: int) -> float:
-        """Return the time of such a step: between its measured neighbours; beyond them that of the nearest, so that it is tried."""
-        known = self._seconds.get(tokens)
-        if known is not None:
-            return known
+        """Return the time of such a step: no more than one of more tokens took, else between its measured neighbours.
+
+        More tokens than were ever measured are expected to take no longer, so that they are tried.
+        """
         below = max((n for n in self._seconds if n < tokens), default=0)
-        above = min((n for n in self._seconds if n > tokens), default=0)
-        if not below or not above:
-            return self._seconds.get(below or above, 0.0)
-        share = (tokens - below) / (above - below)
-        return self._seconds[below] + share * (self._seconds[above] - self._seconds[below])
+        longer = [n for n in self._seconds if n >= tokens]
+        if not longer:
+            return self._seconds.get(below, 0.0)
+        at_most = min(self._seconds[n] for n in longer)
+        if not below or tokens in self._seconds:
+            return at_most
+        share = (tokens - below) / (min(longer) - below)
+        return min(at_most, self._seconds[below] + share * (at_most - self._seconds[below]))
 
 
 def best_length(times: StepTimes, sequences: int, offers: Iterable[tuple[float, int]], *, room: int, guess_seconds: float = 0.0) -> int:
