@@ -57,8 +57,10 @@ class StepTimes:
         self._seconds: dict[int, float] = {}
 
     def note(self, tokens: int, seconds: float) -> None:
-        """Learn from a step."""
+        """Learn from a step. Many tokens never take longer than as many steps of fewer would."""
         old = self._seconds.get(tokens)
+        if old is None:
+            seconds = min([seconds, *(known * tokens / n for n, known in self._seconds.items() if n < tokens)])
         self._seconds[tokens] = seconds if old is None else 0.7 * old + 0.3 * min(seconds, 2 * old)
 
     def expect(self, tokens: int) -> float:
