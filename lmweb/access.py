@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from django.utils import timezone
 
+from lmweb.db import Lookup, field_names
 from lmweb.errors import NotAuthenticated, PermissionDenied
 from lmweb.models import ApiToken, Role, Scope, User
 
@@ -83,9 +84,26 @@ def require(principal: Principal, action: Action) -> None:
         raise PermissionDenied(f"The permission '{action.value}' is missing from {whom}. Ask an admin for it.")
 
 
+_TOKEN_FIELDS = field_names(ApiToken)
+_USER_FIELDS = field_names(User)
+_by_digest = Lookup(
+    lambda digest: ApiToken.objects.filter(digest=digest).values_list(*_TOKEN_FIELDS, *(f"user__{name}" for name in _USER_FIELDS))
+)
+
+
+def _find_token(digest: str) -> ApiToken | None:
+    """Return the token with its person in ``user``."""
+    row = _by_digest(digest)
+    if row is None:
+        return None
+    token = ApiToken.from_db("default", _TOKEN_FIELDS, row[: len(_TOKEN_FIELDS)])
+    token.user = User.from_db("default", _USER_FIELDS, row[len(_TOKEN_FIELDS) :])
+    return token
+
+
 def authenticate_token(secret: str) -> Principal:
     """Return the principal of a bearer token. Raises ``NotAuthenticated`` if it is unknown, expired or revoked."""
-    token = ApiToken.objects.select_related("user").filter(digest=ApiToken.hash(secret)).first()
+    token = _find_token(ApiToken.hash(secret))
     if token is None or not token.user.is_active:
         raise NotAuthenticated("The API token is not valid. Create one in Developer, API tokens.")
     if not token.is_valid:

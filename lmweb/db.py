@@ -1,16 +1,22 @@
-"""Database connections outside Django's own requests: the one bridge from async code to the ORM, and how long-lived threads behave."""
+"""Database connections outside Django's own requests: the one bridge from async code to the ORM, how long-lived threads behave.
+
+And two short cuts for the way to the first token, on which the ORM would build the same SQL again and again.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import re
 import select
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, cached_property, partial
+from inspect import signature
 from typing import Any, ParamSpec, TypeVar
 
-from django.db import close_old_connections, connections
+from django.db import close_old_connections, connection, connections
+from django.db.models import Model, QuerySet
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,13 +31,13 @@ def drop_dead_connections(**_: Any) -> None:
     The latter shows on the socket (there is something to read although nothing was asked), which costs no round trip as
     Django's own health check does, and the way to the first token has many short visits to the database.
     """
-    for connection in connections.all(initialized_only=True):
-        if connection.in_atomic_block:  # a request inside somebody's transaction, as in tests
+    for open_ in connections.all(initialized_only=True):
+        if open_.in_atomic_block:  # a request inside somebody's transaction, as in tests
             continue
-        raw = connection.connection
+        raw = open_.connection
         if raw is not None and (raw.closed or _is_readable(raw.fileno())):
-            connection.close()
-        connection.close_if_unusable_or_obsolete()
+            open_.close()
+        open_.close_if_unusable_or_obsolete()
 
 
 def _is_readable(descriptor: int) -> bool:
@@ -53,3 +59,69 @@ async def run_db(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) ->
     """Run a function that uses the ORM in a small thread pool and return its result."""
     call = partial(contextvars.copy_context().run, partial(visit, function, *args, **kwargs))
     return await asyncio.get_running_loop().run_in_executor(_executor, call)
+
+
+class Lookup:
+    """The first row of a query, with the SQL built once per process: cold, that takes several times as long as the answer.
+
+    ``queryset`` is called once, with stand-ins, and has to use its arguments as the query's only parameters, in their order; it
+    ends with ``values_list``.
+    """
+
+    def __init__(self, queryset: Callable[..., QuerySet[Any, Any]]) -> None:
+        self._queryset = queryset
+
+    def __call__(self, *values: str) -> tuple[Any, ...] | None:
+        """Return the row for these values, or None."""
+        sql, convert = self._compiled
+        with connection.cursor() as cursor:
+            cursor.execute(sql, values)
+            row = cursor.fetchone()
+        return None if row is None else convert(row)
+
+    @cached_property
+    def _compiled(self) -> tuple[str, Callable[[Any], tuple[Any, ...]]]:
+        stand_ins = tuple(f"value {index}" for index in range(len(signature(self._queryset).parameters)))
+        compiler = self._queryset(*stand_ins).order_by()[:1].query.get_compiler(connection=connection)
+        sql, parameters = compiler.as_sql()
+        if tuple(parameters) != stand_ins:
+            raise TypeError(f"the parameters of {sql} are {parameters}")
+        converters = compiler.get_converters([column for column, *_ in compiler.select])
+
+        def convert(row: Any) -> tuple[Any, ...]:
+            return tuple(next(iter(compiler.apply_converters([row], converters))))
+
+        return sql, convert
+
+
+def field_names(model: type[Model], wanted: set[str] | None = None) -> list[str]:
+    """Return the names of a model's columns, all or those wanted, in the order in which ``from_db`` takes their values."""
+    names = [field.attname for field in model._meta.concrete_fields]  # noqa: SLF001  (Django's documented name)
+    return [name for name in names if wanted is None or name in wanted]
+
+
+def insert(row: Model) -> None:
+    """Store a new row, as ``row.save(force_insert=True)`` does, without signals.
+
+    Outside a transaction of the caller's it does not wait for the disk: if PostgreSQL dies in the next half second the row may be
+    lost. Inside one, that is the business of whoever began it.
+    """
+    sql, relaxed = _insert_sql(type(row))
+    fields = row._meta.concrete_fields  # noqa: SLF001  (Django's documented name)
+    values = [field.get_db_prep_save(field.pre_save(row, add=True), connection) for field in fields]
+    with connection.cursor() as cursor:
+        cursor.execute(sql if connection.in_atomic_block else relaxed, values)
+    row._state.adding, row._state.db = False, connection.alias  # noqa: SLF001  (likewise)
+
+
+@cache
+def _insert_sql(model: type[Model]) -> tuple[str, str]:
+    """Return the statement, also with the commit that does not wait."""
+    quote = connection.ops.quote_name
+    fields = model._meta.concrete_fields  # noqa: SLF001
+    columns = ", ".join(quote(field.column) for field in fields if field.column)
+    types = [re.sub(r"\(.*\)", "", field.db_type(connection) or "") for field in fields]  # a cast to varchar(9) would cut texts
+    values = ", ".join(f"%s::{type_}" for type_ in types)
+    table = quote(model._meta.db_table)  # noqa: SLF001
+    plain = f"INSERT INTO {table} ({columns}) SELECT {values}"
+    return plain, f"{plain} WHERE set_config('synchronous_commit', 'off', true) = 'off'"

@@ -80,7 +80,8 @@ def _database(url: str) -> dict[str, Any]:
         "PASSWORD": info.pop("password", ""),
         "HOST": info.pop("host", ""),
         "PORT": str(info.pop("port", "")),
-        "OPTIONS": info,
+        # Statements that a connection repeats are parsed and planned once, by the server.
+        "OPTIONS": {"server_side_binding": True, "prepare_threshold": 3, **info},
         "CONN_MAX_AGE": 300,  # dead ones are found by lmweb.db
     }
 

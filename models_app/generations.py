@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import msgspec
 import redis.asyncio
 from django.conf import settings
-from django.db import IntegrityError, transaction
+from django.db import IntegrityError
 from django.db.models.functions import Lower
 from django.db.utils import DatabaseError
 from django.utils import timezone
 from redis.exceptions import RedisError
 
 from lmweb.access import Action, Principal, require
-from lmweb.db import run_db
+from lmweb.db import insert, run_db
 from lmweb.errors import InvalidRequest, ModelNotFound, NotFound, TooManyRequests
 from lmweb.models import User
 from models_app.defaults import with_defaults
 from models_app.drafts import check_draft
-from models_app.models import Generation, InstalledModel
+from models_app.models import Generation, InstalledModel, InstalledModelQuerySet
 from workers import dispatch, stream
 from workers.events import AnyEvent, ChatEnd, Error, ErrorInfo, Result, Snapshot, Stats, encode_events, output_items
 from workers.schemas import AnyRequest, GenerationRequest, request_to_builtins
@@ -40,7 +41,7 @@ def resolve_model(principal: Principal, name: str) -> InstalledModel:
     """Return the visible model of this key (any case) or loaded-instance identifier. Raises ``ModelNotFound``."""
     visible = InstalledModel.objects.visible_to(principal).only("key", "publisher", "type", "created_at", "inference_defaults")
     if "\x00" not in name:
-        found = visible.filter(key=name).first() or visible.filter(instances__identifier=name).first()
+        found = InstalledModelQuerySet.named(principal, name) or visible.filter(instances__identifier=name).first()
         found = found or visible.annotate(lower=Lower("key")).filter(lower=name.lower()).first()
         if found:
             return found
@@ -50,11 +51,11 @@ def resolve_model(principal: Principal, name: str) -> InstalledModel:
 
 
 def start_generation(*, principal: Principal, request: AnyRequest, source: str, generation_id: uuid.UUID | None = None) -> Generation:
-    """Check, write the row (``queued``) and send it to a node once the transaction commits. Returns at once.
+    """Check, and write the row (``queued``), whose commit wakes the worker of the node that was chosen. Returns at once.
 
-    Raises ``PermissionDenied``, ``TooManyRequests``, ``ModelNotFound``, or ``InvalidRequest`` for a chat with a model that only makes embeddings (a
-    language model does both) and for a draft model that does not match. What is wrong with the prompt itself (too long, refused by the chat
-    template) is known to the runner only and arrives as an ``error`` event.
+    Raises ``PermissionDenied``, ``TooManyRequests``, ``ModelNotFound``, or ``InvalidRequest`` for a chat with a model that only makes
+    embeddings (a language model does both) and for a draft model that does not match. What is wrong with the prompt itself (too
+    long, refused by the chat template) is known to the runner only and arrives as an ``error`` event.
     """
     require(principal, Action.GENERATE)
     _require_room(principal.user)
@@ -65,7 +66,7 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
         request = msgspec.structs.replace(request, draft_model=check_draft(principal, model, request.draft_model).key)
     node = dispatch.choose_node(model.pk)
     with _model_still_there(request.model):
-        generation = Generation.objects.create(
+        generation = Generation(
             id=generation_id or uuid.uuid4(),
             user=principal.user,
             token=principal.token,
@@ -76,31 +77,35 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
             node=node.name if node else "",
             lease_until=timezone.now() + timedelta(seconds=DISPATCH_SECONDS) if node else None,
         )
-    if node:
-        transaction.on_commit(partial(_dispatch, generation.id, node.name))
-    return generation
+        insert(generation)
+        return generation
+
+
+#: How long a count of somebody's requests holds.
+COUNT_SECONDS = 1.0
+_free_places: dict[int, tuple[float, int]] = {}
 
 
 def _require_room(user: User) -> None:
     """Raise ``TooManyRequests`` if so many requests of this person wait that no more may.
 
-    Requests that arrive at the same instant may each see the last place free.
+    They are counted again when this process has given away the places that were free, or after a second: requests that arrive at
+    the same instant elsewhere may see the same place free.
     """
     running = settings.USER_RUNNING_LIMIT if user.running_limit is None else user.running_limit
     waiting = settings.USER_WAITING_LIMIT if user.waiting_limit is None else user.waiting_limit
     if not running or not waiting:
         return
-    if Generation.objects.unfinished().filter(user=user).count() >= running + waiting:
+    now = time.monotonic()
+    counted_at, free = _free_places.get(user.pk, (0.0, 0))
+    if free <= 0 or now - counted_at > COUNT_SECONDS:
+        counted_at, free = now, running + waiting - Generation.objects.unfinished().filter(user=user).count()
+    _free_places[user.pk] = counted_at, free - 1
+    if free <= 0:
         raise TooManyRequests(
             f"You have {running + waiting} requests running and waiting, as many as you may have. Try again when some have ended.",
             details={"running_limit": running, "waiting_limit": waiting},
         )
-
-
-def _dispatch(generation_id: uuid.UUID, node: str) -> None:
-    """Send a generation to its node; if the broker is away, the reaper is to try again as soon as it looks."""
-    if not dispatch.send(dispatch.GENERATE, node, str(generation_id)):
-        Generation.objects.filter(pk=generation_id, status=Generation.Status.QUEUED).update(lease_until=None)
 
 
 @contextmanager
@@ -195,6 +200,13 @@ async def _ended(generation_id: str) -> stream.Entry | None:
         generation = await run_db(Generation.objects.filter(pk=generation_id).first)
     except DatabaseError:
         return None
-    if generation is None or not generation.is_finished:
-        return None
-    return final_entry(generation)
+    if generation is None:
+        return _lost_entry()
+    return final_entry(generation) if generation.is_finished else None
+
+
+def _lost_entry() -> stream.Entry:
+    """Return the closing entry of a generation without a row: deleted with its person, or lost with PostgreSQL's last half second."""
+    error = ErrorInfo(code="generation_interrupted", message="This request is gone from the database. Please send it again.")
+    result = Result(model_instance_id="", output=[], stats=Stats(stop_reason="failed"))
+    return stream.Entry(1, encode_events([Error(error=error), ChatEnd(result=result, status="failed")]), [])

@@ -14,6 +14,7 @@ from django.db import models
 from django.db.models import Q
 
 from lmweb.access import Action, Principal
+from lmweb.db import Lookup, field_names
 from lmweb.models import ApiToken, User
 from workers.models import WorkerNode
 from workers.schemas import ToolCall
@@ -24,7 +25,17 @@ class InstalledModelQuerySet(models.QuerySet["InstalledModel"]):
 
     def visible_to(self, principal: Principal) -> InstalledModelQuerySet:
         """Return the models that the principal may know of."""
-        return self if principal.may(Action.READ_MODELS) or principal.may(Action.GENERATE) else self.none()
+        return self if self._are_visible_to(principal) else self.none()
+
+    @classmethod
+    def named(cls, principal: Principal, key: str) -> InstalledModel | None:
+        """Return ``visible_to(principal).filter(key=key).first()``, sooner; with the few fields that a request needs."""
+        row = _by_key(key) if cls._are_visible_to(principal) else None
+        return InstalledModel.from_db("default", _REQUEST_FIELDS, row) if row else None
+
+    @staticmethod
+    def _are_visible_to(principal: Principal) -> bool:
+        return principal.may(Action.READ_MODELS) or principal.may(Action.GENERATE)
 
 
 class InstalledModel(models.Model):
@@ -157,6 +168,10 @@ class MemoryMeasurement(models.Model):
 
     def __str__(self) -> str:
         return f"{self.model_id} at {self.context_length} x {self.parallel}: {self.memory_bytes}"
+
+
+_REQUEST_FIELDS = field_names(InstalledModel, {"id", "key", "publisher", "type", "created_at", "inference_defaults"})
+_by_key = Lookup(lambda key: InstalledModel.objects.filter(key=key).values_list(*_REQUEST_FIELDS))
 
 
 class GenerationQuerySet(models.QuerySet["Generation"]):

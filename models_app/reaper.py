@@ -55,7 +55,6 @@ class Reaper:
             if node is not None:
                 generation.node, generation.lease_until = node.name, now + timedelta(seconds=DISPATCH_SECONDS)
                 generation.save(update_fields=["node", "lease_until"])
-                dispatch.send(dispatch.GENERATE, node.name, str(generation.pk))
             elif generation.cancel_requested:
                 self._end(generation, Generation.Status.CANCELLED, "", "")
             elif generation.created_at < now - timedelta(seconds=PATIENCE_SECONDS):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import psutil
+import psycopg
 from django.conf import settings
 from django.db import close_old_connections, connection, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.models import F, Q
+from django.db.models import F
 from django.db.models.expressions import RawSQL
 from django.utils import timezone
+from psycopg import sql
 
 from lmweb.db import drop_dead_connections
 from models_app.drafts import draft_file
@@ -42,6 +45,8 @@ FROM (VALUES {rows}) AS v (id, seq, content, reasoning, calls, tokens, resumes)
 WHERE g.id = v.id AND g.incarnation = %s AND g.status = 'running'
 RETURNING g.id, g.cancel_requested
 """
+
+_WAITING = "SELECT id FROM models_app_generation WHERE status = 'queued' AND node IN (%s, '') ORDER BY created_at"
 
 _CLAIM_COLUMNS = (
     "id", "user_id", "request", "resumes", "seq", "content", "reasoning", "output_tokens", "tool_calls", "cancel_requested",
@@ -85,9 +90,10 @@ class DjangoStore:
         self.node_name = node_name
         self.incarnation = uuid.uuid4()
         self._engines = engines
+        self._channel = f"gpu_{hashlib.md5(node_name.encode(), usedforsecurity=False).hexdigest()}"
 
-    def register(self) -> list[str]:
-        """Register this node; returns the generations that wait for it, those of its dead predecessor among them."""
+    def register(self) -> None:
+        """Register this node, and queue again what its dead predecessor had."""
         memory = psutil.virtual_memory()
         with _brief(durable=True):
             node, _ = WorkerNode.objects.update_or_create(
@@ -105,8 +111,19 @@ class DjangoStore:
             ModelInstance.objects.filter(node=node).delete()
             orphans = Generation.objects.filter(node=self.node_name, status=Generation.Status.RUNNING).exclude(incarnation=self.incarnation)
             orphans.update(status=Generation.Status.QUEUED, resumes=F("resumes") + 1)
-            waiting = Generation.objects.filter(Q(node=self.node_name) | Q(node=""), status=Generation.Status.QUEUED)
-            return [str(pk) for pk in waiting.order_by("created_at").values_list("pk", flat=True)]
+
+    def arrivals(self, seconds: float) -> Generator[list[str]]:
+        """Yield generations when the notice that a row's commit sends comes (trigger ``models_app_generation_arrives``).
+
+        The connection is one of its own: what looks after the others takes unasked data for the end of their server.
+        """
+        parameters = connection.get_connection_params() | {"cursor_factory": psycopg.Cursor, "autocommit": True}
+        with connection.wrap_database_errors, closing(psycopg.connect(**parameters)) as listener:
+            listener.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
+            while True:
+                yield [str(pk) for (pk,) in listener.execute(_WAITING, [self.node_name])]
+                while notices := list(listener.notifies(timeout=seconds, stop_after=1)):
+                    yield [notice.payload for notice in notices]
 
     def heartbeat(self, *, free_memory_bytes: int) -> None:
         """Say that this node lives."""
@@ -174,6 +191,8 @@ class DjangoStore:
             ModelInstance.objects.filter(node_id=self.node_name).delete()
             gone = timezone.now() - timedelta(days=1)
             WorkerNode.objects.filter(name=self.node_name, incarnation=self.incarnation).update(heartbeat_at=gone)
+            with connection.cursor() as cursor:  # whoever waits in ``arrivals`` is to see that this is the end
+                cursor.execute("SELECT pg_notify(%s, '')", [self._channel])
 
     def give_back(self, progress: list[Progress]) -> None:
         """Save and queue again, at once available to any worker."""

@@ -16,7 +16,6 @@ from workers.models import WorkerNode
 
 logger = logging.getLogger(__name__)
 
-GENERATE = "workers.tasks.generate"
 LOAD = "workers.tasks.load_model"
 UNLOAD = "workers.tasks.unload_model"
 CANCEL = "cancel_generation"

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -41,8 +42,10 @@ SAVE_SECONDS = 1.0
 KEEP_SECONDS = 0.25
 HEARTBEAT_SECONDS = 2.0
 TELL_SECONDS = 1.0
-#: Between two attempts to register at start.
-REGISTER_SECONDS = 0.5
+#: Between two attempts to reach PostgreSQL.
+DATABASE_RETRY_SECONDS = 0.5
+#: Without news, the rows are looked at after this time.
+ARRIVAL_SECONDS = 2.0
 
 
 class Host:
@@ -73,28 +76,29 @@ class Host:
 
     # --- entry points, called by tasks -------------------------------------------------------------------------------
 
-    def start(self) -> list[str]:
-        """Register this node and start the threads. Returns the generations to run first.
+    def start(self) -> None:
+        """Register this node and start the threads: from now on it takes what is sent to it.
 
         Waits for PostgreSQL as long as it takes: whatever killed the worker may have killed that as well.
         """
-        waiting = self._register()
+        self._register()
         threading.Thread(target=self._save_loop, name="saver", daemon=True).start()
         threading.Thread(target=self._keep_loop, name="keeper", daemon=True).start()
         self.runners.start()
-        return waiting
+        threading.Thread(target=self._arrival_loop, name="arrivals", daemon=True).start()
 
-    def _register(self) -> list[str]:
+    def _register(self) -> None:
         while not self._stopping.is_set():
             try:
-                return self.store.register()
+                self.store.register()
             except DatabaseError as error:
                 logger.warning("PostgreSQL is away, this node registers when it is back: %s", str(error).strip().splitlines()[0])
-                self._stopping.wait(REGISTER_SECONDS)
-        return []
+                self._stopping.wait(DATABASE_RETRY_SECONDS)
+            else:
+                return
 
     def generate(self, generation_id: str) -> None:
-        """Claim a generation and put it to work. Returns at once; a second delivery finds nothing to claim."""
+        """Claim a generation and put it to work. Returns at once; what somebody has claimed already is left alone."""
         if self._stopping.is_set():
             return
         claim = self.store.claim(generation_id)
@@ -401,6 +405,23 @@ class Host:
         self._wake_saver.set()
 
     # --- threads ---------------------------------------------------------------------------------------------------------
+
+    def _arrival_loop(self) -> None:
+        """Take up what is sent to this node."""
+        while not self._stopping.is_set():
+            try:
+                self._take_up_arrivals()
+            except DatabaseError as error:
+                logger.warning("PostgreSQL is away, nothing new can arrive: %s", str(error).strip().splitlines()[0])
+                self._stopping.wait(DATABASE_RETRY_SECONDS)
+
+    def _take_up_arrivals(self) -> None:
+        with closing(self.store.arrivals(ARRIVAL_SECONDS)) as arrivals:
+            for generation_ids in arrivals:
+                for generation_id in generation_ids:
+                    self.generate(generation_id)
+                if self._stopping.is_set():
+                    return
 
     def _save_loop(self) -> None:
         """Write ends at once, partial texts and leases once a second, for as long as the process lives."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -101,8 +102,14 @@ class Outcome:
 class Store(Protocol):
     """The database, as the worker sees it. Every method may raise ``django.db.Error`` while PostgreSQL is away."""
 
-    def register(self) -> list[str]:
-        """Register this node under a new incarnation; returns the generations that were sent to it or that its dead predecessor had."""
+    def register(self) -> None:
+        """Register this node under a new incarnation; what its dead predecessor had is queued again."""
+
+    def arrivals(self, seconds: float) -> Generator[list[str]]:
+        """Yield the generations that wait for this node: all, then new ones as they come. Goes on until it is closed.
+
+        After so many seconds without any it yields all again.
+        """
 
     def heartbeat(self, *, free_memory_bytes: int) -> None:
         """Say that this node lives."""

@@ -8,6 +8,7 @@ import os
 import threading
 from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -60,20 +61,23 @@ def policy() -> Policy:
 def complete_config(instance: Instance) -> Instance:
     """Fill in what the load left open: the installation's context length and thread count."""
     config = instance.config
-    threads = config.cpu_threads or settings.CPU_THREADS or default_threads(psutil.cpu_count(logical=False) or os.cpu_count() or 1)
+    threads = config.cpu_threads or settings.CPU_THREADS or default_threads(_cores(), Path(instance.model.path))
     context = config.context_length or settings.DEFAULT_CONTEXT_LENGTH
     return dataclasses.replace(instance, config=msgspec.structs.replace(config, cpu_threads=threads, context_length=context))
 
 
-def default_threads(cores: int) -> int:
-    """Return the threads per model on a machine that also serves the web: all cores up to two, else one less."""
-    return cores if cores <= 2 else cores - 1
+#: Below this, waiting for each other costs threads more than they share out (measured on small models).
+BYTES_PER_THREAD = 4 << 20
 
 
-@app.task(name="workers.tasks.generate")
-def generate(generation_id: str) -> None:
-    """Run a generation on this node."""
-    host().generate(generation_id)
+def default_threads(cores: int, file: Path) -> int:
+    """Return the threads for a model on a machine that also serves the web: all cores up to two, else one less; few for small files."""
+    useful = 1 + (file.stat().st_size // BYTES_PER_THREAD if file.exists() else 0)
+    return min(useful, cores if cores <= 2 else cores - 1)
+
+
+def _cores() -> int:
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 @app.task(name="workers.tasks.load_model")
@@ -112,8 +116,7 @@ def start_host(sender: Any, **_: Any) -> None:
         return
     connection_created.connect(relax_commits)
     try:
-        for generation_id in host().start():
-            host().generate(generation_id)
+        host().start()
     except Exception:  # Celery would log it and go on
         logger.exception("the GPU worker could not start")
         raise SystemExit(1) from None

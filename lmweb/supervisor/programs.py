@@ -66,8 +66,8 @@ def web(listener: socket.socket) -> Service:
 
 
 def gpu_worker(node: str) -> Service:
-    """Return the worker that runs models on this machine. The thread count is far above the engine's slots, which do admission."""
-    return _celery("gpu-worker", f"gpu.{node}", f"gpu@{node}", threads=64)
+    """Return the worker that runs models on this machine. Its tasks load and unload; generations do not pass through them."""
+    return _celery("gpu-worker", f"gpu.{node}", f"gpu@{node}", threads=8)
 
 
 def io_worker(node: str) -> Service:

@@ -16,8 +16,10 @@ from chat import consumers, services
 from chat.models import Chat
 from lmweb.access import Principal
 from lmweb.db import run_db
+from models_app.generations import watch
 from models_app.models import Generation
 from tests.chat import worker
+from workers.events import ChatEnd, Error, decode_events
 
 if TYPE_CHECKING:
     from lmweb.models import User
@@ -169,6 +171,15 @@ async def test_a_lost_stream_is_replaced_by_the_row(owner: User, model: Installe
         assert frame["seq"] == 8
         assert [event["type"] for event in frame["events"]] == ["generation.snapshot", "chat.end"]
         assert frame["events"][0]["content"] == "all of it"
+
+
+async def test_an_answer_without_a_row_ends_in_words(owner: User, model: InstalledModel) -> None:
+    """Its person was deleted, or PostgreSQL died in the half second that a request through an API does not wait for."""
+    entries = [entry async for entry in watch(str(uuid.uuid4()))]
+    error, end = decode_events(entries[-1].events)
+    assert isinstance(error, Error)
+    assert "send it again" in error.error.message
+    assert isinstance(end, ChatEnd)
 
 
 async def test_stop_from_another_tab(owner: User, model: InstalledModel) -> None:
