@@ -83,24 +83,26 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
 
 #: How long a count of somebody's requests holds.
 COUNT_SECONDS = 1.0
-_free_places: dict[int, tuple[float, int]] = {}
+_sure_places: dict[int, tuple[float, int]] = {}
 
 
 def _require_room(user: User) -> None:
     """Raise ``TooManyRequests`` if so many requests of this person wait that no more may.
 
-    They are counted again when this process has given away the places that were free, or after a second: requests that arrive at
-    the same instant elsewhere may see the same place free.
+    Half of the places that are free are given away without counting again, for a second: that costs a round trip before each first
+    token. Requests that arrive at the same instant may each see the last place free.
     """
     running = settings.USER_RUNNING_LIMIT if user.running_limit is None else user.running_limit
     waiting = settings.USER_WAITING_LIMIT if user.waiting_limit is None else user.waiting_limit
     if not running or not waiting:
         return
     now = time.monotonic()
-    counted_at, free = _free_places.get(user.pk, (0.0, 0))
-    if free <= 0 or now - counted_at > COUNT_SECONDS:
-        counted_at, free = now, running + waiting - Generation.objects.unfinished().filter(user=user).count()
-    _free_places[user.pk] = counted_at, free - 1
+    counted_at, sure = _sure_places.get(user.pk, (0.0, 0))
+    if sure and now - counted_at < COUNT_SECONDS:
+        _sure_places[user.pk] = counted_at, sure - 1
+        return
+    free = running + waiting - Generation.objects.unfinished().filter(user=user).count()
+    _sure_places[user.pk] = now, free // 2
     if free <= 0:
         raise TooManyRequests(
             f"You have {running + waiting} requests running and waiting, as many as you may have. Try again when some have ended.",
