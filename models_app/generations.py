@@ -83,14 +83,15 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
 
 #: How long a count of somebody's requests holds.
 COUNT_SECONDS = 1.0
+FEW_PLACES = 32
 _sure_places: dict[int, tuple[float, int]] = {}
 
 
 def _require_room(user: User) -> None:
     """Raise ``TooManyRequests`` if so many requests of this person wait that no more may.
 
-    Half of the places that are free are given away without counting again, for a second: that costs a round trip before each first
-    token. Requests that arrive at the same instant may each see the last place free.
+    To count costs a round trip before each first token, so while there are more than a few places they are not counted again for a
+    second. Requests that arrive at the same instant may each see the last place free.
     """
     running = settings.USER_RUNNING_LIMIT if user.running_limit is None else user.running_limit
     waiting = settings.USER_WAITING_LIMIT if user.waiting_limit is None else user.waiting_limit
@@ -102,7 +103,7 @@ def _require_room(user: User) -> None:
         _sure_places[user.pk] = counted_at, sure - 1
         return
     free = running + waiting - Generation.objects.unfinished().filter(user=user).count()
-    _sure_places[user.pk] = now, free // 2
+    _sure_places[user.pk] = now, max(0, free - FEW_PLACES)
     if free <= 0:
         raise TooManyRequests(
             f"You have {running + waiting} requests running and waiting, as many as you may have. Try again when some have ended.",
