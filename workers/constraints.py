@@ -20,6 +20,8 @@ from lmweb.errors import InvalidRequest
 from workers.schemas import OutputFormat
 
 CACHED_GRAMMARS = 64
+#: What may stand between the parts of JSON: enough for any layout, too little for a weak model to write blanks for ever.
+JSON_WHITESPACE = r" |\n[ \t]{0,20}"
 
 
 class Answer(Protocol):
@@ -158,10 +160,9 @@ class ConstraintFactory:
 
 def _grammar(wanted: OutputFormat) -> str:
     try:
-        if wanted.kind == "json_object":
-            return LLMatcher.grammar_from_json_schema('{"type": "object"}')
-        if wanted.kind == "json_schema":
-            return LLMatcher.grammar_from_json_schema(wanted.value)
+        if wanted.kind in {"json_object", "json_schema"}:
+            schema = wanted.value if wanted.kind == "json_schema" else '{"type": "object"}'
+            return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITESPACE})
         if wanted.kind == "regex":
             return LLMatcher.grammar_from_regex(wanted.value)
         return LLMatcher.grammar_from_lark(_lark(wanted.value))

@@ -14,6 +14,8 @@ import pytest
 from models_app.models import Generation, InstalledModel
 from tests.micro_models import make_micro
 from tests.workers.support import Bench, wait_for
+from workers.constraints import ConstraintFactory
+from workers.engines.llama_context import Model
 from workers.events import MessageDelta
 from workers.schemas import OutputFormat, SamplingParams
 
@@ -110,3 +112,18 @@ def test_log_probabilities_belong_to_the_tokens_of_the_answer(bench: Bench, star
         assert item.top_logprobs[0].token == item.token, "greedy takes the likeliest"
         assert sum(math.exp(top.logprob) for top in item.top_logprobs) <= 1.0001
         assert bytes(item.bytes).decode() == item.token
+
+
+def test_blanks_between_the_parts_of_json_are_bounded(starter_gguf: Path) -> None:
+    model = Model(str(starter_gguf), gpu_layers=0, on_progress=lambda _fraction: None)
+    constraint = ConstraintFactory(model.grammar_tokenizer()).make(SCHEMA)
+    (brace,), (newline,), (blank,) = (model.tokenize(text, add_bos=False) for text in ("{", "\n", "\t"))
+    constraint.accept(brace)
+    constraint.accept(newline)
+    blanks = 0
+    while constraint.allows(blank):
+        constraint.accept(blank)
+        blanks += 1
+    assert blanks == 20
+    assert not constraint.allows(newline)
+    model.close()
