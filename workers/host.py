@@ -29,7 +29,7 @@ from workers.events import (
 from workers.fairness import Hold, PersonalLimits
 from workers.memory import machine_memory
 from workers.protocol import Embed, Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
-from workers.relay import ENTRY_SECONDS, Live, StreamWriter, end_events, interrupted
+from workers.relay import Live, StreamWriter, end_events, interrupted
 from workers.runner_process import RunnerProcess
 from workers.runners import TURN_PER_LOAD, Policy, Runners
 from workers.schemas import EmbeddingRequest, GenerationRequest
@@ -250,23 +250,21 @@ class Host:
 
     # --- what runners say ----------------------------------------------------------------------------------------------
 
-    def on_message(self, runner: RunnerProcess, message: RunnerMessage) -> float | None:
-        """Handle one message; returns the seconds after which gathered text must leave, or None."""
+    def on_message(self, runner: RunnerProcess, message: RunnerMessage) -> None:
+        """Handle one message."""
         if isinstance(message, Step):
-            return self._on_step(runner, message.outputs)
-        if isinstance(message, LoadProgress):
+            self._on_step(runner, message.outputs)
+        elif isinstance(message, LoadProgress):
             self._on_load_progress(runner, message.progress)
         elif isinstance(message, Loaded):
             self._on_loaded(runner, message)
         elif isinstance(message, LoadFailed):
             runner.load_error = message.error.message
-        return None
 
-    def _on_step(self, runner: RunnerProcess, outputs: list[Output]) -> float | None:
+    def _on_step(self, runner: RunnerProcess, outputs: list[Output]) -> None:
         running = runner.running
         now = time.monotonic()
-        due: list[Live] = []
-        gathered = False
+        going_on: list[Live] = []
         ended: list[tuple[Live, Output]] = []
         for output in outputs:
             live = running.get(output.generation_id)
@@ -276,12 +274,10 @@ class Host:
                 live.add(output.events, output.tokens)
             if output.stats is not None:
                 ended.append((live, output))
-            elif now - live.entry_at >= ENTRY_SECONDS:
-                due.append(live)
             else:
-                gathered = True
-        if due:
-            self._write(due)
+                going_on.append(live)
+        if going_on:
+            self._write(going_on)
         for live, output in ended:
             with self._lock:
                 running.pop(live.id, None)
@@ -289,13 +285,6 @@ class Host:
             self._on_ended(live, output)
         if ended and not running:
             self.runners.has_news()
-        return ENTRY_SECONDS if gathered else None
-
-    def on_idle(self, runner: RunnerProcess) -> None:
-        """Send on what was gathered of fast streams when no step followed in time."""
-        with self._lock:
-            lives = [live for live in runner.running.values() if live.pending_events]
-        self._write(lives)
 
     def _on_ended(self, live: Live, output: Output) -> None:
         assert output.stats is not None

@@ -34,8 +34,6 @@ from workers.store import Claim, Outcome, Progress
 
 logger = logging.getLogger(__name__)
 
-#: Streams faster than this are gathered; the first token of a pause always leaves at once.
-ENTRY_SECONDS = 0.02
 #: Added to ``seq`` when a stream was lost together with its worker: past anything that a viewer can have seen, so that the
 #: gap makes every viewer take the row's text first (``models_app.generations.watch``).
 LOST_STREAM_JUMP = 1_000_000
@@ -57,7 +55,6 @@ class Live:
     sent: int = 0
     pending_events: list[AnyEvent] = field(default_factory=list)
     pending_tokens: list[int] = field(default_factory=list)
-    entry_at: float = 0.0
     saved_seq: int = -1
     started_at: float = field(default_factory=time.monotonic)
     running_since: float = field(default_factory=time.monotonic)
@@ -107,7 +104,6 @@ class Live:
             self.seq += 1
             self.entries.append(stream.Entry(self.seq, encode_events(_merged(self.pending_events)), self.pending_tokens))
             self.pending_events, self.pending_tokens = [], []
-            self.entry_at = time.monotonic()
 
     def progress(self) -> Progress:
         """Return the state as of the last entry; call ``close_entry`` first, so that text, tokens and ``seq`` belong together."""

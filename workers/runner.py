@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 #: Prompts that take several steps report their progress.
 PROGRESS_MIN_TOKENS = 256
 QUEUE_REPORT_SECONDS = 1.0
+#: What fast streams bring is gathered for so long: viewers get fifty entries a second.
+GATHER_SECONDS = 0.02
 STEP_LOG_BYTES = 4 * 1024 * 1024
 
 
@@ -494,20 +496,58 @@ def load(channel: Channel, message: Load) -> Engine:
     return engine
 
 
+class Outbox:
+    """Sends what steps bring: a generation's first words and its end at once, and otherwise what gathered in ``GATHER_SECONDS``.
+
+    A small model makes hundreds of steps a second, and a message for each would wake other processes as often.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._outputs: dict[str, Output] = {}
+        self._begun: set[str] = set()
+        self._sent_at = 0.0
+
+    def add(self, outputs: list[Output]) -> None:
+        """Take what a step brought."""
+        urgent = False
+        for output in outputs:
+            key = output.generation_id
+            urgent |= output.stats is not None or key not in self._begun
+            self._begun.add(key)
+            if output.stats is not None:
+                self._begun.discard(key)
+            self._outputs[key] = joined(self._outputs[key], output) if key in self._outputs else output
+        if urgent or time.monotonic() - self._sent_at >= GATHER_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what gathered."""
+        if self._outputs:
+            self._channel.send(Step(outputs=list(self._outputs.values())))
+            self._outputs = {}
+            self._sent_at = time.monotonic()
+
+
+def joined(earlier: Output, later: Output) -> Output:
+    """Return two outputs of a generation as one."""
+    return msgspec.structs.replace(later, events=[*earlier.events, *later.events], tokens=[*earlier.tokens, *later.tokens])
+
+
 def serve(channel: Channel, runner: Runner, step_log: StepLog) -> None:
     """The loop: drain the inbox, step, send. Blocks while there is nothing to do; returns on ``Shutdown``."""
+    outbox = Outbox(channel)
     while True:
         while _readable(channel, wait=not runner.has_work, before_waiting=step_log.flush):
+            outbox.flush()  # what comes may take long
             for message in channel.receive():
                 if isinstance(message, Shutdown):
                     return
                 output = _handle(runner, message)  # type: ignore[arg-type]
                 if output is not None:
-                    channel.send(Step(outputs=[output]))
+                    outbox.add([output])
         if runner.has_work:
-            step = runner.step()
-            if step.outputs:
-                channel.send(step)
+            outbox.add(runner.step().outputs)
 
 
 def _handle(runner: Runner, message: HostMessage) -> Output | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -31,10 +30,9 @@ ENVIRONMENT_PREFIXES = ("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "GGML_", "O
 
 
 class RunnerProcess:
-    """A started runner, with three callbacks that run in its reader thread.
+    """A started runner, with two callbacks that run in its reader thread.
 
-    ``on_message`` gets each message; ``on_idle`` is called when the time that it last returned (seconds, or None) has passed
-    without another one; ``on_exit`` once at the end.
+    ``on_message`` gets each message; ``on_exit`` is called once at the end.
 
     ``waiting`` are generations that want the model once it is loaded, ``running`` those that it works on, by id. ``is_jit`` says
     that a request loaded it, not a person; ``ttl_seconds`` how long it stays without use (None: for ever); ``turn_until`` until when
@@ -47,8 +45,7 @@ class RunnerProcess:
         *,
         logs: Path,
         step_log: bool,
-        on_message: Callable[[RunnerProcess, RunnerMessage], float | None],
-        on_idle: Callable[[RunnerProcess], None],
+        on_message: Callable[[RunnerProcess, RunnerMessage], None],
         on_exit: Callable[[RunnerProcess], None],
     ) -> None:
         self.instance = instance
@@ -65,7 +62,7 @@ class RunnerProcess:
         self.draft = instance.draft.key if instance.draft else ""
         self.waiting: list[Live] = []
         self.running: dict[str, Live] = {}
-        self._on_message, self._on_idle, self._on_exit = on_message, on_idle, on_exit
+        self._on_message, self._on_exit = on_message, on_exit
         self._send_lock = threading.Lock()
         logs.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
@@ -134,17 +131,10 @@ class RunnerProcess:
     def _read(self, load: Load) -> None:
         """Relay the runner's messages until it ends. The load is sent here, because it must not block a task."""
         self._send(load)
-        poller = select.poll()
-        poller.register(self._channel, select.POLLIN)
-        wait: float | None = None
         try:
             while True:
-                if not poller.poll(None if wait is None else wait * 1000):
-                    wait = None
-                    self._on_idle(self)
-                    continue
                 for message in self._channel.receive():
-                    wait = self._on_message(self, message)  # type: ignore[arg-type]
+                    self._on_message(self, message)  # type: ignore[arg-type]
         except (EOFError, OSError):
             pass
         except (ValueError, msgspec.ValidationError):

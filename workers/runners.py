@@ -65,13 +65,10 @@ class Policy:
 
 
 class Listener(Protocol):
-    """Who uses the runners. The first three are called in the runner's reader thread; see ``RunnerProcess``."""
+    """Who uses the runners. The first two are called in the runner's reader thread; see ``RunnerProcess``."""
 
-    def on_message(self, runner: RunnerProcess, message: RunnerMessage) -> float | None:
-        """Take a message; return seconds after which ``on_idle`` is to be called without another one."""
-
-    def on_idle(self, runner: RunnerProcess) -> None:
-        """Nothing came in that time."""
+    def on_message(self, runner: RunnerProcess, message: RunnerMessage) -> None:
+        """Take a message."""
 
     def on_exit(self, runner: RunnerProcess) -> None:
         """The process has ended."""
@@ -391,7 +388,6 @@ class Runners:
                 logs=self._logs,
                 step_log=self._step_log,
                 on_message=self._listener.on_message,
-                on_idle=self._listener.on_idle,
                 on_exit=self._listener.on_exit,
             )
             runner.needed_bytes, runner.is_jit, runner.replaced = wish.needed_bytes or 0, instance.is_jit, wish.left

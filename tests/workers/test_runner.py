@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 
 import pytest
 
 from tests.micro_models import make_micro
 from workers.engines import registry
-from workers.events import ContextOverflow
-from workers.protocol import Output, Submit
-from workers.runner import Runner, StepLog
+from workers.events import ContextOverflow, MessageDelta, Stats
+from workers.protocol import Channel, Output, RunnerMessage, Step, Submit
+from workers.runner import Outbox, Runner, StepLog
 from workers.schemas import ChatMessage, GenerationRequest, LoadConfig, OutputFormat, SamplingParams
 
 DEFAULTS = SamplingParams()
@@ -91,3 +92,35 @@ def test_an_answer_without_a_limit_ends_when_it_is_as_long_as_the_context(runner
     outputs = finish(runner, submit(runner, sampling=SamplingParams(temperature=0.0), context_overflow="rollingWindow"))
     assert outputs[-1].stats is not None
     assert (outputs[-1].stats.stop_reason, outputs[-1].stats.total_output_tokens) == ("contextLengthReached", 512)
+
+
+def test_fast_steps_leave_together_but_first_words_and_ends_at_once() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        outbox, host = Outbox(Channel(ours, RunnerMessage)), Channel(theirs, RunnerMessage)
+
+        def brought(name: str, token: int, stats: Stats | None = None) -> list[Output]:
+            return [Output(generation_id=name, events=[MessageDelta(content=f"{token} ")], tokens=[token], stats=stats)]
+
+        def received() -> list[tuple[str, str, list[int], bool]]:
+            (message,) = host.receive()
+            assert isinstance(message, Step)
+            return [
+                (
+                    each.generation_id,
+                    "".join(event.content for event in each.events if isinstance(event, MessageDelta)),
+                    each.tokens,
+                    each.stats is not None,
+                )
+                for each in message.outputs
+            ]
+
+        outbox.add(brought("a", 1))
+        assert received() == [("a", "1 ", [1], False)]
+        outbox.add(brought("a", 2))
+        outbox.add(brought("a", 3))
+        outbox.add(brought("b", 9))
+        assert received() == [("a", "2 3 ", [2, 3], False), ("b", "9 ", [9], False)]
+        outbox.add(brought("a", 4))
+        outbox.add(brought("a", 5, Stats(stop_reason="eosFound")))
+        assert received() == [("a", "4 5 ", [4, 5], True)]
