@@ -1,6 +1,6 @@
 """Which sequences run, and what goes into the next batch. Pure logic over token lists: knows neither llama.cpp nor time itself.
 
-Continuous batching: every step holds one token of each decoding sequence, then prompt chunks, oldest first. The prompt share
+Continuous batching: every step holds one token of each decoding sequence, then prompt chunks, short prompts first. The prompt share
 is sized by time, so that streams keep their pace while a long prompt comes in. Prefixes are looked up over all slots, busy
 ones too; a newcomer whose prefix another sequence is computing right now waits for it.
 """
@@ -18,6 +18,11 @@ COALESCE_TOKENS = 64
 #: Cells reserved at admission for the answer of a sequence, at most; beyond that preemption is the fallback.
 RESERVED_OUTPUT = 512
 MIN_CHUNK = 32
+#: llama.cpp's attention takes prompts in tiles of so many tokens on a CPU; what is less costs several times as much per token.
+CPU_TILE = 64
+#: Short prompts are computed before long ones, so that a chat need not wait for somebody's book; every second of waiting makes up
+#: for so many tokens, so that the book gets its turn.
+PROMPT_AGEING_TOKENS = 200.0
 
 
 @dataclass(slots=True, eq=False)
@@ -98,15 +103,19 @@ class Scheduler:
         cells: KV cells in all.
         batch_tokens: tokens per step at most.
         can_share: whether the model's memory allows copying part of a sequence (recurrent ones do not).
+        on_cpu: whether decoding sequences and prompts take turns instead of sharing a step. A GPU reads its weights once for
+            both; a CPU has to multiply either way, and a tile of its attention that holds both visits the cells of all.
     """
 
-    def __init__(self, *, slots: int, cells: int, batch_tokens: int, can_share: bool) -> None:
+    def __init__(self, *, slots: int, cells: int, batch_tokens: int, can_share: bool, on_cpu: bool) -> None:
         self.slots = [Slot(i) for i in range(slots)]
         self.waiting: list[Sequence] = []
         self.fair = FairShare()
         self.cells = cells
         self.batch_tokens = batch_tokens
         self.can_share = can_share
+        self.on_cpu = on_cpu
+        self._prompts_had_their_turn = False
 
     @property
     def running(self) -> list[Slot]:
@@ -205,22 +214,39 @@ class Scheduler:
     def plan(self, prefill_budget: int) -> tuple[list[Slot], list[Chunk]]:
         """Return the decoding slots and the prompt chunks of the next step.
 
-        ``prefill_budget`` bounds the prompt tokens while anybody decodes; with nobody decoding the whole batch is used.
+        ``prefill_budget`` bounds the prompt tokens between two tokens of those who decode; with nobody decoding the whole batch
+        is used.
         """
         running = self.running
         decoding = [slot for slot in running if slot.is_decoding and slot.sequence and slot.sequence.output]
-        room = self.batch_tokens - len(decoding)
-        if decoding:
-            room = max(MIN_CHUNK, min(room, prefill_budget))
+        room = self._prompt_room(len(decoding), prefill_budget)
         chunks = []
-        prefilling = [slot for slot in running if slot not in decoding]
-        for slot in sorted(prefilling, key=lambda s: s.sequence.submitted_at if s.sequence else 0.0):
+        now = time.perf_counter()
+        prefilling = [(self._prompt_turn(slot, now), slot.id, slot) for slot in running if slot not in decoding]
+        for _, _, slot in sorted(prefilling):
             n = min(slot.remaining, room)
             if n <= 0:
                 break
             chunks.append(Chunk(slot, slot.n_kv, slot.n_kv + n))
             room -= n
-        return decoding, chunks
+        if not self.on_cpu or not decoding or not chunks:
+            return decoding, chunks
+        self._prompts_had_their_turn = not self._prompts_had_their_turn
+        return ([], chunks) if self._prompts_had_their_turn else (decoding, [])
+
+    @staticmethod
+    def _prompt_turn(slot: Slot, now: float) -> float:
+        """Return what orders the prompts that are being computed, smallest first."""
+        waited = now - slot.sequence.submitted_at if slot.sequence else 0.0
+        return slot.remaining - PROMPT_AGEING_TOKENS * waited
+
+    def _prompt_room(self, decoding: int, prefill_budget: int) -> int:
+        """Return how many prompt tokens may be computed in one go."""
+        if not decoding:
+            return self.batch_tokens
+        if self.on_cpu:
+            return min(self.batch_tokens, max(CPU_TILE, prefill_budget // CPU_TILE * CPU_TILE))
+        return max(MIN_CHUNK, min(self.batch_tokens - decoding, prefill_budget))
 
     def _running_sequences(self) -> list[Sequence]:
         return [slot.sequence for slot in self.slots if slot.sequence is not None]

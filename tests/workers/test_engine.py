@@ -160,6 +160,38 @@ def test_newcomers_wait_for_a_prefix_that_is_being_computed(micro: Path) -> None
     engine.close()
 
 
+def test_on_a_cpu_prompts_and_answers_take_turns(engine: LlamaEngine, micro: Path) -> None:
+    first = sequence(engine, "first", "time", limit=40)
+    engine.add(first)
+    step(engine)
+    long = sequence(engine, "long", " ".join(WORDS * 10), limit=4)
+    engine.add(long)
+    mixed, turns = 0, []
+    while not long.output:
+        result = step(engine)
+        mixed += bool(result.decode_sequences and result.prefill_tokens)
+        turns.append("p" if result.prefill_tokens else "d")
+    assert not mixed
+    assert "pp" not in "".join(turns)
+    assert finish(engine) == []
+    assert first.output == alone(micro, "time", limit=40)
+
+
+def test_a_short_prompt_overtakes_a_long_one(micro: Path) -> None:
+    engine = open_engine(micro, context_length=2048, parallel=4, eval_batch_size=64)
+    book = sequence(engine, "book", " ".join(WORDS * 40), limit=4)
+    engine.add(book)
+    step(engine)
+    chat = sequence(engine, "chat", "people", limit=4)
+    engine.add(chat)
+    step(engine)
+    assert chat.output
+    assert not book.output
+    finish(engine)
+    assert len(book.output) == 4
+    engine.close()
+
+
 def test_a_full_cache_preempts_and_loses_nothing(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.memory.EXTRA_CELLS_BYTES", 0)
     monkeypatch.setattr("workers.scheduler.RESERVED_OUTPUT", 0)  # admit too many on purpose

@@ -20,14 +20,14 @@ from workers.memory import kv_cells, logits_rows
 from workers.parsing import reasoning
 from workers.parsing.harmony import HarmonySplitter
 from workers.parsing.tools import families
-from workers.scheduler import Admission, Chunk, Scheduler, Slot
+from workers.scheduler import CPU_TILE, Admission, Chunk, Scheduler, Slot
 from workers.schemas import LoadConfig
 
 import llama_cpp.llama_cpp as C  # isort: skip
 
 #: While anybody decodes, a step that also takes in a prompt should not last longer than this, or than a few plain steps.
 TARGET_STEP_SECONDS = 0.2
-TARGET_STEP_FACTOR = 4.0
+TARGET_STEP_FACTOR = 6.0
 #: Special tokens that parsers need to see in the text.
 VISIBLE_SPECIALS = families.VISIBLE | reasoning.VISIBLE | HarmonySplitter.visible
 
@@ -210,10 +210,10 @@ class LlamaEngine:
         slot, sequence, n_kv, lender = admission.slot, admission.sequence, 0, None
         parked = self.park.find(sequence, whole=not self.model.can_cut)
         if parked and parked[1] > admission.n_shared:
-            n_kv = self._restore(slot, *parked)
+            n_kv = self._restore(slot, parked[0], self._worth_keeping(sequence, parked[1]))
         if not n_kv and admission.source is not None and admission.n_shared:
-            self.context.copy(admission.source.id, slot.id, admission.n_shared)
-            n_kv, lender = admission.n_shared, admission.source
+            n_kv, lender = self._worth_keeping(sequence, admission.n_shared), admission.source
+            self.context.copy(lender.id, slot.id, n_kv)
         if sequence.id not in self._samplers:  # not one that was preempted: its prompt was counted before
             sequence.cached = min(n_kv, len(sequence.prompt))
         self.scheduler.occupy(slot, sequence, n_kv, lender=lender)
@@ -221,6 +221,13 @@ class LlamaEngine:
             self._samplers[sequence.id] = TokenSampler(
                 sequence.sampling, self.model, sequence.prompt + sequence.output, drawn=len(sequence.output)
             )
+
+    def _worth_keeping(self, sequence: Sequence, n: int) -> int:
+        """Return how many of ``n`` cached tokens to use: on a CPU a whole tile of a long prompt takes less time than most of one."""
+        total = len(sequence.tokens)
+        if self.scheduler.on_cpu and self.model.can_cut and n >= 4 * CPU_TILE and 5 * CPU_TILE // 8 <= total - n < CPU_TILE:
+            return total - CPU_TILE
+        return n
 
     def _restore(self, slot: Slot, parked: Parked, n: int) -> int:
         """Load a parked state cut to ``n`` tokens; returns how many tokens are there then."""
@@ -398,7 +405,7 @@ def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) ->
         bos_text=model.token_text(C.llama_vocab_bos(model.vocab)),
         eos_text=model.token_text(C.llama_vocab_eos(model.vocab)),
     )
-    scheduler = Scheduler(slots=config.parallel, cells=cells, batch_tokens=batch_tokens, can_share=model.can_cut)
+    scheduler = Scheduler(slots=config.parallel, cells=cells, batch_tokens=batch_tokens, can_share=model.can_cut, on_cpu=not on_gpu)
     speculation = Speculation(lookup=config.prompt_lookup and model.can_cut)
     return LlamaEngine(model, context, info, scheduler, KvPark(_park_bytes()), logits_rows(config), speculation, make_embedder, make_draft)
 
