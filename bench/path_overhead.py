@@ -14,9 +14,7 @@ import http.client
 import json
 import os
 import platform
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +29,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from bench.make_gguf import CHATML, PRESETS, Vocabulary, write_model  # noqa: E402
-from bench.startup import start, stop  # noqa: E402
+from bench.servers import install  # noqa: E402
+from bench.startup import start, stop, write  # noqa: E402
 from lmweb.supervisor import discovery  # noqa: E402
 from workers.engines import registry  # noqa: E402
 from workers.engines.base import Engine, Sequence  # noqa: E402
@@ -116,18 +115,6 @@ def prepare(folder: Path) -> Path:
     return write_model(folder / "micro.gguf", PRESETS["micro"], vocabulary, name="micro", context=2048, seed=0, chat_template=CHATML)
 
 
-def install(data_dir: Path, model: Path) -> str:
-    """Import the model, make a person, and return a token of theirs."""
-    code = (
-        "from pathlib import Path\nfrom lmweb.models import ApiToken, User\nfrom models_app import services\n"
-        f"services.import_file(principal=None, source=Path({str(model)!r}), user_repo='bench/micro', mode=services.Mode.COPY)\n"
-        "print('token ' + ApiToken.issue(user=User.objects.create_user('bench'), name='bench')[1])"
-    )
-    command = [sys.executable, str(REPOSITORY / "manage.py"), "shell", "-v", "0", "-c", code, "--data-dir", str(data_dir)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return next(line.split()[1] for line in printed.splitlines() if line.startswith("token "))
-
-
 def measure(requests: int) -> list[str]:
     """Run everything and return the lines of the section."""
     with tempfile.TemporaryDirectory(prefix="lmweb-bench-") as name:
@@ -136,7 +123,7 @@ def measure(requests: int) -> list[str]:
         running = start(sys.executable, REPOSITORY, folder / "data")
         with contextlib.ExitStack() as stack:
             stack.callback(stop, running)
-            token = install(folder / "data", model)
+            (token,) = install(folder / "data", {"micro": model})
             facts = discovery.read(folder / "data")
             host, port = facts["url"].removeprefix("http://").rsplit(":", 1)
             connection = stack.enter_context(contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=60)))
@@ -210,17 +197,7 @@ def main() -> None:
     lines = measure(options.requests)
     print("\n".join(lines))
     if options.write:
-        replace_section(lines)
-
-
-def replace_section(lines: list[str]) -> None:
-    """Put the section in bench/RESULTS.md."""
-    file = REPOSITORY / "bench" / "RESULTS.md"
-    text = file.read_text() if file.exists() else "# Measurements\n"
-    section = "\n".join([HEADING, "", "`bench/path_overhead.py`.", *lines, ""])
-    pattern = re.compile(rf"^{HEADING}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    text = pattern.sub(lambda _: section + "\n", text) if pattern.search(text) else f"{text.rstrip()}\n\n{section}"
-    file.write_text(text.rstrip() + "\n")
+        write(lines, HEADING, "bench/path_overhead.py")
 
 
 if __name__ == "__main__":

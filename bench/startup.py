@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from lmweb.supervisor import discovery  # noqa: E402
 
 HEADING = "## Start and footprint"
 IDLE_SECONDS = 20
+#: A first start compiles llama.cpp.
+START_SECONDS = 1800
 
 
 @dataclass
@@ -40,16 +43,19 @@ class Running:
     seconds: float
 
 
-def start(python: str, repository: Path, data_dir: Path, *options: str, timeout_seconds: float = 1800) -> Running:
-    """Start and wait until the page answers and the GPU worker is registered (that is when ``up`` says it is ready)."""
+def start(python: str, repository: Path, data_dir: Path, *, environment: Mapping[str, str] | None = None) -> Running:
+    """Start and wait until the page answers and the GPU worker is registered (that is when ``up`` says it is ready).
+
+    ``environment`` are settings of ours; those of the caller's environment do not count.
+    """
     began = time.monotonic()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LMWEB_")}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("LMWEB_")} | dict(environment or {})
     with (data_dir.parent / "up.out").open("ab") as output:
-        command = [python, str(repository / "manage.py"), "up", "--data-dir", str(data_dir), "--port", "0", *options]
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        command = [python, str(repository / "manage.py"), "up", "--data-dir", str(data_dir), "--port", "0"]
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=variables)
     facts: dict[str, Any] = {}
     while facts.get("pid") != process.pid or not facts.get("ready"):
-        if process.poll() is not None or time.monotonic() - began > timeout_seconds:
+        if process.poll() is not None or time.monotonic() - began > START_SECONDS:
             sys.exit((data_dir.parent / "up.out").read_text())
         time.sleep(0.02)
         facts = discovery.read(data_dir)
