@@ -192,6 +192,18 @@ def test_a_short_prompt_overtakes_a_long_one(micro: Path) -> None:
     engine.close()
 
 
+def test_whoever_had_to_go_comes_back_when_those_who_stayed_are_cancelled(micro: Path) -> None:
+    engine = open_engine(micro, context_length=1024, parallel=4)
+    stays, goes = (sequence(engine, name, f"{name} time", limit=8) for name in ("stays", "goes"))
+    engine.add(stays)
+    engine.add(goes)
+    step(engine)
+    engine._make_room(guessed=False)
+    engine.remove("stays")
+    assert len(finish(engine) or goes.output) == 8
+    engine.close()
+
+
 def test_a_full_cache_preempts_and_loses_nothing(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.memory.EXTRA_CELLS_BYTES", 0)
     monkeypatch.setattr("workers.scheduler.RESERVED_OUTPUT", 0)  # admit too many on purpose
@@ -292,7 +304,7 @@ def test_moving_windows_hold_in_a_batch_and_after_an_interruption(micro: Path) -
 
 
 def test_borrowed_cells_stay_in_use_when_their_lender_has_gone() -> None:
-    scheduler = Scheduler(slots=4, cells=400, batch_tokens=512, can_share=True)
+    scheduler = Scheduler(slots=4, cells=400, batch_tokens=512, can_share=True, on_cpu=True)
     items = [Sequence(str(i), "a", [*range(100), 1000 + i], 0, GREEDY, limit=1) for i in range(4)]
     lender, first, second, _ = scheduler.slots
     scheduler.occupy(lender, items[0], 101)
