@@ -138,7 +138,7 @@ async def throughput(contest: Contest, *, model: str, width: int, least: float) 
     return rows
 
 
-_SCHEMA = {
+SCHEMA = {
     "type": "array",
     "minItems": 100,
     "items": {
@@ -158,7 +158,7 @@ _SCHEMA = {
 
 async def structured(contest: Contest, *, model: str, least: float) -> list[Row]:
     """Four streams of 128 tokens inside a JSON schema that takes more than that."""
-    response_format = {"type": "json_schema", "json_schema": {"name": "things", "strict": True, "schema": _SCHEMA}}
+    response_format = {"type": "json_schema", "json_schema": {"name": "things", "strict": True, "schema": SCHEMA}}
     options = {"response_format": response_format, "chat_template_kwargs": {"enable_thinking": False}}
     rival = contest.theirs("--reasoning-format", "none")  # else the schema holds only for what follows its reasoning
     ours, theirs = await contest.turns(model, partial(_streams, width=4, options=options), rival)
