@@ -185,9 +185,9 @@ def fault_live(live: Live) -> Iterator[Live]:
 
 
 @pytest.fixture
-def fresh_live() -> Iterator[Live]:
+def fresh_live(hub_server: Hub) -> Iterator[Live]:
     """Run an installation of the test's own (about three seconds), with its set-up link still unused."""
-    installation = Live(_short_dir()).start()
+    installation = Live(_short_dir(), environment={"HF_ENDPOINT": hub_server.url}).start()
     yield installation
     _end(installation)
 
