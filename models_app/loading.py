@@ -65,7 +65,7 @@ def plan_load(*, principal: Principal | None, model: InstalledModel, config: Loa
     ``ServiceUnavailable`` when no worker runs.
     """
     if principal:
-        require(principal, Action.READ_MODELS)
+        require(principal, Action.LOAD_MODELS)
     config = check_config(model, config)
     node = _node_for(model)
     found = estimate_model(model, config)

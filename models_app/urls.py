@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from django.urls import path
 
-from models_app import views
+from models_app import model_page, views
 
 urlpatterns = [
     path("", views.my_models, name="my-models"),
     path("list", views.model_list, name="model-list"),
     path("<int:model_id>/load", views.load, name="model-load"),
     path("<int:model_id>/load-options", views.load_options, name="model-load-options"),
+    path("<int:model_id>/estimate", views.estimate, name="model-estimate"),
+    path("<int:model_id>/", model_page.show, name="model"),
+    path("<int:model_id>/load-defaults", model_page.load_defaults, name="model-load-defaults"),
+    path("<int:model_id>/inference-defaults", model_page.inference_defaults, name="model-inference-defaults"),
+    path("<int:model_id>/template", model_page.template, name="model-template"),
     path("<int:model_id>/delete", views.delete, name="model-delete"),
+    path("instances/<int:instance_id>/pin", views.pin, name="instance-pin"),
     path("instances/<int:instance_id>/unload", views.unload, name="instance-unload"),
     path("uploads", views.new_upload, name="uploads"),
     path("uploads/<str:upload_id>", views.upload, name="upload"),

@@ -147,6 +147,7 @@ def _list_html(request: HttpRequest) -> str:
         "missing": {model.pk for model in models if not model.file.is_file()},
         "may_load": principal.may(Action.LOAD_MODELS),
         "may_delete": principal.may(Action.DELETE_MODELS),
+        "may_pin": principal.may(Action.CHANGE_DEFAULTS),
         "may_import": principal.may(Action.IMPORT_MODELS),
     }
     rows = render_to_string("models_app/rows.html", context, request)
@@ -187,22 +188,67 @@ def load_options(request: HttpRequest, model_id: int) -> HttpResponse:
     require(principal, Action.LOAD_MODELS)
     form = LoadForm(model, request.POST or None)
     if request.method == "POST" and form.is_valid():
+        typed = form.cleaned_data
         try:
             loading.request_load(
-                principal=principal, model=model, config=form.config(), identifier=form.cleaned_data["identifier"].strip() or None
+                principal=principal,
+                model=model,
+                config=form.config(),
+                identifier=typed["identifier"].strip() or None,
+                ttl_seconds=typed["ttl_minutes"] * 60 if typed["ttl_minutes"] else None,
+                make_room=typed["make_room"],
+                remember=typed["remember"],
             )
         except LmwebError as error:
-            form.add_error(error.param if error.param in form.fields else None, error.message)
+            form.fail(error)
         else:
             return _changed(request, {"close-dialog": True})
-    return render(request, "models_app/load-options.html", {"form": form, "model": model}, status=422 if form.errors else 200)
+    context = {
+        "form": form,
+        "model": model,
+        "may_remember": principal.may(Action.CHANGE_DEFAULTS),
+        "keys": InstalledModel.objects.visible_to(principal).exclude(pk=model.pk).values_list("key", flat=True)[:500],
+    }
+    return render(request, "models_app/load-options.html", context, status=422 if form.errors else 200)
+
+
+@require_POST
+@shows_errors
+def estimate(request: HttpRequest, model_id: int) -> HttpResponse:
+    """Say what a load with these options would take, against the memory that is free now, and who would have to leave."""
+    require(principal_of(request), Action.LOAD_MODELS)
+    model = _model(request, model_id)
+    form = LoadForm(model, request.POST)
+    context: dict[str, Any] = {"problem": "Estimated once the options are complete."}
+    if form.is_valid():
+        try:
+            plan = loading.plan_load(principal=principal_of(request), model=model, config=form.config())
+        except LmwebError as error:
+            context = {"problem": error.message}
+        else:
+            used = plan.node.total_memory_bytes - plan.free_bytes
+            parts = {"used": used, "needed": min(plan.estimate.needed_bytes, plan.free_bytes)}
+            context = {"plan": plan, "shares": {name: 100 * part / max(1, plan.node.total_memory_bytes) for name, part in parts.items()}}
+    return render(
+        request, "models_app/estimate.html", {**context, "make_room": "make_room" in request.POST or "was_asked" not in request.POST}
+    )
+
+
+@require_POST
+@shows_errors
+def pin(request: HttpRequest, instance_id: int) -> HttpResponse:
+    """Keep a loaded model in memory until a person unloads it, or let it leave again."""
+    instance = _instance(request, instance_id)
+    if instance is not None:
+        loading.set_pinned(principal=principal_of(request), instance=instance, pinned=request.POST.get("pinned") == "on")
+    return _changed(request)
 
 
 @require_POST
 @shows_errors
 def unload(request: HttpRequest, instance_id: int) -> HttpResponse:
     """Unload one instance, or put away the error of one that failed."""
-    instance = ModelInstance.objects.filter(pk=instance_id, model__in=InstalledModel.objects.visible_to(principal_of(request))).first()
+    instance = _instance(request, instance_id)
     if instance is not None:  # gone already is what was wanted
         loading.request_unload(principal=principal_of(request), instance=instance)
     return _changed(request)
@@ -215,6 +261,10 @@ def delete(request: HttpRequest, model_id: int) -> HttpResponse:
     model = _model(request, model_id)
     services.delete_model(principal=principal_of(request), model=model)
     return _changed(request, {"toast": {"text": f"{model.key} is deleted.", "kind": "good"}})
+
+
+def _instance(request: HttpRequest, instance_id: int) -> ModelInstance | None:
+    return ModelInstance.objects.filter(pk=instance_id, model__in=InstalledModel.objects.visible_to(principal_of(request))).first()
 
 
 def _model(request: HttpRequest, model_id: int) -> InstalledModel:

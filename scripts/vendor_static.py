@@ -26,7 +26,7 @@ ICONS = """
 activity arrow-down arrow-up arrow-up-down ban book-open box braces brain check chevron-down chevron-left chevron-right chevron-up
 circle-alert circle-check circle-help circle-stop clock code-xml copy cpu download ellipsis ellipsis-vertical external-link eye eye-off
 file file-up folder gauge hard-drive hash house info key-round layers link list loader-circle log-out memory-stick menu message-square
-message-square-plus monitor moon package panel-left panel-right pencil play plus plug power refresh-cw rotate-ccw search send server
+message-square-plus monitor moon package panel-left panel-right pencil pin play plus plug power refresh-cw rotate-ccw search send server
 settings shield sliders-horizontal sparkles square sun terminal timer trash-2 triangle-alert upload user users wifi-off wrench x
 """.split()  # noqa: SIM905  (readable as it is)
 

@@ -1,0 +1,110 @@
+"""The page of one model: facts and files, defaults of loads and answers, chat template. Every act is a call of a service."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_GET, require_POST
+
+from lmweb.access import Action, Principal, require
+from lmweb.errors import InvalidRequest, NotFound, TemplateError
+from lmweb.models import User
+from models_app import defaults, services
+from models_app.forms import ConfigForm, InferenceForm
+from models_app.models import InstalledModel
+
+
+@require_GET
+def show(request: HttpRequest, model_id: int) -> HttpResponse:
+    """Show the page."""
+    return _page(request, _model(request, model_id))
+
+
+@require_POST
+def load_defaults(request: HttpRequest, model_id: int) -> HttpResponse:
+    """Save how the model is loaded, or go back to the usual."""
+    model, principal = _model(request, model_id), _principal(request)
+    require(principal, Action.CHANGE_DEFAULTS)
+    if "reset" in request.POST:
+        defaults.set_load_defaults(principal=principal, model=model, config=None)
+        return _saved(model, "loads")
+    form = ConfigForm(model, request.POST)
+    if form.is_valid():
+        try:
+            defaults.set_load_defaults(principal=principal, model=model, config=form.config())
+        except InvalidRequest as error:
+            form.fail(error)
+        else:
+            return _saved(model, "loads")
+    return _page(request, model, load_form=form, open_part="loads", status=422)
+
+
+@require_POST
+def inference_defaults(request: HttpRequest, model_id: int) -> HttpResponse:
+    """Save how the model answers, or go back to the usual."""
+    model, principal = _model(request, model_id), _principal(request)
+    require(principal, Action.CHANGE_DEFAULTS)
+    if "reset" in request.POST:
+        defaults.set_inference_defaults(principal=principal, model=model, defaults=None)
+        return _saved(model, "answers")
+    form = InferenceForm(model, request.POST)
+    if form.is_valid():
+        try:
+            defaults.set_inference_defaults(principal=principal, model=model, defaults=form.defaults())
+        except InvalidRequest as error:
+            form.add_error(error.param if error.param in form.fields else None, error.message)
+        else:
+            return _saved(model, "answers")
+    return _page(request, model, inference_form=form, open_part="answers", status=422)
+
+
+@require_POST
+def template(request: HttpRequest, model_id: int) -> HttpResponse:
+    """Try a chat template out, save it, or go back to the file's."""
+    model, principal = _model(request, model_id), _principal(request)
+    require(principal, Action.CHANGE_TEMPLATES)
+    text = request.POST.get("chat_template", "").replace("\r\n", "\n")
+    try:
+        if "preview" in request.POST:
+            found = services.preview_chat_template(principal=principal, model=model, text=text)
+            return _page(request, model, template_text=text, preview=found, open_part="template")
+        services.set_chat_template(principal=principal, model=model, text="" if "reset" in request.POST else text)
+    except TemplateError as error:
+        return _page(request, model, template_text=text, template_error=error.message, open_part="template", status=422)
+    return _saved(model, "template")
+
+
+def _saved(model: InstalledModel, part: str) -> HttpResponse:
+    return redirect(f"/models/{model.pk}/?saved={part}#{part}")
+
+
+def _page(request: HttpRequest, model: InstalledModel, *, status: int = 200, **context: Any) -> HttpResponse:
+    principal = _principal(request)
+    saved = request.GET.get("saved", "")
+    context = {
+        "model": model,
+        "files": model.files.all(),
+        "is_missing": not model.file.is_file(),
+        "load_form": ConfigForm(model),
+        "inference_form": InferenceForm(model),
+        "template_text": model.chat_template_override or model.chat_template,
+        "may_change": principal.may(Action.CHANGE_DEFAULTS),
+        "may_change_template": principal.may(Action.CHANGE_TEMPLATES),
+        "saved": saved if saved in {"loads", "answers", "template"} else "",
+        "keys": InstalledModel.objects.visible_to(principal).exclude(pk=model.pk).values_list("key", flat=True)[:500],
+        **context,
+    }
+    return render(request, "models_app/model.html", context, status=status)
+
+
+def _principal(request: HttpRequest) -> Principal:
+    return Principal(cast("User", request.user))  # LoginRequiredMiddleware lets nobody else in
+
+
+def _model(request: HttpRequest, model_id: int) -> InstalledModel:
+    model = InstalledModel.objects.visible_to(_principal(request)).filter(pk=model_id).first()
+    if model is None:
+        raise NotFound("There is no such model any more.")
+    return model
