@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
 
-from lmweb.access import Action, Principal, require
+from lmweb.access import Action, require
 from lmweb.errors import InvalidRequest, NotFound, TemplateError
-from lmweb.models import User
 from models_app import defaults, services
 from models_app.forms import ConfigForm, InferenceForm
 from models_app.models import InstalledModel
+from models_app.views import principal_of
 
 
 @require_GET
@@ -25,7 +25,7 @@ def show(request: HttpRequest, model_id: int) -> HttpResponse:
 @require_POST
 def load_defaults(request: HttpRequest, model_id: int) -> HttpResponse:
     """Save how the model is loaded, or go back to the usual."""
-    model, principal = _model(request, model_id), _principal(request)
+    model, principal = _model(request, model_id), principal_of(request)
     require(principal, Action.CHANGE_DEFAULTS)
     if "reset" in request.POST:
         defaults.set_load_defaults(principal=principal, model=model, config=None)
@@ -44,7 +44,7 @@ def load_defaults(request: HttpRequest, model_id: int) -> HttpResponse:
 @require_POST
 def inference_defaults(request: HttpRequest, model_id: int) -> HttpResponse:
     """Save how the model answers, or go back to the usual."""
-    model, principal = _model(request, model_id), _principal(request)
+    model, principal = _model(request, model_id), principal_of(request)
     require(principal, Action.CHANGE_DEFAULTS)
     if "reset" in request.POST:
         defaults.set_inference_defaults(principal=principal, model=model, defaults=None)
@@ -63,7 +63,7 @@ def inference_defaults(request: HttpRequest, model_id: int) -> HttpResponse:
 @require_POST
 def template(request: HttpRequest, model_id: int) -> HttpResponse:
     """Try a chat template out, save it, or go back to the file's."""
-    model, principal = _model(request, model_id), _principal(request)
+    model, principal = _model(request, model_id), principal_of(request)
     require(principal, Action.CHANGE_TEMPLATES)
     text = request.POST.get("chat_template", "").replace("\r\n", "\n")
     try:
@@ -81,7 +81,7 @@ def _saved(model: InstalledModel, part: str) -> HttpResponse:
 
 
 def _page(request: HttpRequest, model: InstalledModel, *, status: int = 200, **context: Any) -> HttpResponse:
-    principal = _principal(request)
+    principal = principal_of(request)
     saved = request.GET.get("saved", "")
     context = {
         "model": model,
@@ -99,12 +99,8 @@ def _page(request: HttpRequest, model: InstalledModel, *, status: int = 200, **c
     return render(request, "models_app/model.html", context, status=status)
 
 
-def _principal(request: HttpRequest) -> Principal:
-    return Principal(cast("User", request.user))  # LoginRequiredMiddleware lets nobody else in
-
-
 def _model(request: HttpRequest, model_id: int) -> InstalledModel:
-    model = InstalledModel.objects.visible_to(_principal(request)).filter(pk=model_id).first()
+    model = InstalledModel.objects.visible_to(principal_of(request)).filter(pk=model_id).first()
     if model is None:
         raise NotFound("There is no such model any more.")
     return model
