@@ -58,8 +58,8 @@ VARIABLES: dict[str, Variable] = {
         ),
         Variable(
             "LMWEB_MODEL_TURN_SECONDS",
-            "10",
-            "How long a busy model keeps its memory while requests wait for another one; longer turns mean fewer switches.",
+            "30",
+            "A busy model keeps its memory while requests wait for another one for eight times as long as its load took, at most so long; 0: first come, first served.",
         ),
         Variable(
             "LMWEB_USER_RUNNING_LIMIT", "64", "Answers that one person may have running at once on a worker's machine; 0: any number."

@@ -84,7 +84,7 @@ def parse(content: str) -> list[Pick]:
     if len(content.encode(errors="replace")) > MAX_BYTES:
         raise InvalidRequest(f"The file is larger than {MAX_BYTES // 1024} KiB.", param="catalog")
     try:
-        documents = [document for document in yaml.load_all(content, Loader=_Loader) if document is not None]
+        documents = [document for document in yaml.load_all(content, Loader=SafeLoader) if document is not None]
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
@@ -94,10 +94,11 @@ def parse(content: str) -> list[Pick]:
     return [_pick(number, document) for number, document in enumerate(documents, 1)]
 
 
-class _Loader(yaml.SafeLoader):
+class SafeLoader(yaml.SafeLoader):
     """YAML without aliases, which could make a small file a huge one."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """Read a node. Raises ``YAMLError`` for an alias."""
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("aliases are not allowed")
         return super().compose_node(parent, index)

@@ -19,11 +19,15 @@ MAX_SYSTEM_PROMPT = 100_000
 
 
 class InferenceDefaults(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
-    """Defaults of answers: overrides of ``SamplingParams``, a system prompt for conversations without one, template variables."""
+    """Defaults of answers: overrides of ``SamplingParams``, a system prompt for conversations without one, template variables.
+
+    ``custom_fields`` are the values of a virtual model's switches, by their keys.
+    """
 
     sampling: dict[str, Any] = {}
     system_prompt: Annotated[str, Meta(max_length=MAX_SYSTEM_PROMPT)] = ""
     template_kwargs: dict[str, Any] = {}
+    custom_fields: dict[str, Any] = {}
 
 
 def load_config(model: InstalledModel, overrides: Mapping[str, Any] | None = None) -> LoadConfig:
@@ -80,16 +84,27 @@ def check_sampling(overrides: Mapping[str, Any]) -> None:
 
 def with_defaults(request: AnyRequest, model: InstalledModel) -> AnyRequest:
     """Return the request with the model's defaults where its sender said nothing."""
-    if isinstance(request, GenerationRequest) and model.inference_defaults:
+    if isinstance(request, GenerationRequest) and (model.inference_defaults or model.custom_fields):
         defaults = msgspec.convert(model.inference_defaults, InferenceDefaults)
         missing = {name: value for name, value in defaults.sampling.items() if name not in request.given}
         sampling = msgspec.convert({**msgspec.to_builtins(request.sampling, str_keys=True), **missing}, SamplingParams, strict=False)
         messages = request.messages
         if defaults.system_prompt.strip() and messages[0].role not in {"system", "developer"}:
             messages = [ChatMessage(role="system", content=defaults.system_prompt), *messages]
-        variables = {**defaults.template_kwargs, **request.template_kwargs}
+        chosen = {**defaults.custom_fields, **request.template_kwargs}
+        variables = {**_custom_variables(model, chosen), **defaults.template_kwargs, **request.template_kwargs}
         request = msgspec.structs.replace(request, sampling=sampling, messages=messages, template_kwargs=variables)
     return msgspec.structs.replace(request, given=frozenset()) if isinstance(request, GenerationRequest) and request.given else request
+
+
+def _custom_variables(model: InstalledModel, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the template variables that a virtual model's switches set, as they were chosen or by their defaults."""
+    return {
+        effect["variable"]: chosen.get(field["key"], field["defaultValue"])
+        for field in model.custom_fields
+        for effect in field["effects"]
+        if effect["type"] == "setJinjaVariable" and effect["variable"]
+    }
 
 
 def _convert(data: Mapping[str, Any], kind: type[T]) -> T:

@@ -9,6 +9,7 @@ import msgspec
 from django import forms
 from django.conf import settings
 from django.http import QueryDict
+from django.utils.html import escape
 
 from lmweb.errors import LmwebError
 from models_app.defaults import MAX_SYSTEM_PROMPT, InferenceDefaults, load_config
@@ -159,6 +160,14 @@ class InferenceForm(forms.Form):
             value = getattr(usual, name, None)
             if isinstance(value, int | float):
                 field.widget.attrs |= {"placeholder": f"{value:g}", "step": "any"}
+        for custom in model.custom_fields:
+            self.fields[f"custom_{custom['key']}"] = _custom_field(
+                custom, self.kept.custom_fields.get(custom["key"], custom["defaultValue"])
+            )
+
+    def custom(self) -> list[forms.BoundField]:
+        """Return the switches of a virtual model."""
+        return [self[name] for name in self.fields if name.startswith("custom_")]
 
     def sampling_fields(self) -> list[forms.BoundField]:
         """Return the short fields, which stand side by side."""
@@ -172,4 +181,28 @@ class InferenceForm(forms.Form):
         if stop := [line for line in re.split(r"\r?\n", data["stop"]) if line]:
             sampling["stop"] = stop
         kept = {name: value for name, value in self.kept.sampling.items() if name not in self.base_fields}
-        return msgspec.structs.replace(self.kept, sampling={**kept, **sampling}, system_prompt=data["system_prompt"])
+        custom = {name.removeprefix("custom_"): value for name, value in data.items() if name.startswith("custom_")}
+        return msgspec.structs.replace(
+            self.kept,
+            sampling={**kept, **sampling},
+            system_prompt=data["system_prompt"],
+            custom_fields={**self.kept.custom_fields, **custom},
+        )
+
+
+def _custom_field(custom: dict[str, Any], value: Any) -> forms.Field:
+    """Return the form field of a virtual model's switch."""
+    common = {
+        "label": custom["displayName"] or custom["key"],
+        "help_text": escape(custom["description"]),
+        "required": False,
+        "initial": value,
+    }
+    if custom["type"] == "boolean":
+        return forms.BooleanField(**common)
+    if custom["type"] == "number":
+        return forms.FloatField(**common)
+    if custom["type"] == "select":
+        options = [str(option["value"] if isinstance(option, dict) else option) for option in custom["options"]]
+        return forms.ChoiceField(choices=[(option, option) for option in options], **common)
+    return forms.CharField(max_length=1000, **common)

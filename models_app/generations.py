@@ -39,7 +39,9 @@ DISPATCH_SECONDS = 5
 
 def resolve_model(principal: Principal, name: str) -> InstalledModel:
     """Return the visible model of this key (any case) or loaded-instance identifier. Raises ``ModelNotFound``."""
-    visible = InstalledModel.objects.visible_to(principal).only("key", "publisher", "type", "created_at", "inference_defaults")
+    visible = InstalledModel.objects.visible_to(principal).only(
+        "key", "publisher", "type", "created_at", "inference_defaults", "custom_fields", "base"
+    )
     if "\x00" not in name:
         found = InstalledModelQuerySet.named(principal, name) or visible.filter(instances__identifier=name).first()
         found = found or visible.annotate(lower=Lower("key")).filter(lower=name.lower()).first()
@@ -64,7 +66,7 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
         raise InvalidRequest(f"{model.key} is an embedding model: it turns texts into vectors and cannot chat.", param="model")
     if isinstance(request, GenerationRequest) and request.draft_model:
         request = msgspec.structs.replace(request, draft_model=check_draft(principal, model, request.draft_model).key)
-    node = dispatch.choose_node(model.pk)
+    node = dispatch.choose_node(model.base_id or model.pk)
     with _model_still_there(request.model):
         generation = Generation(
             id=generation_id or uuid.uuid4(),

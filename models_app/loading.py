@@ -13,6 +13,7 @@ import msgspec
 from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.db.models import Count, Q
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from lmweb.access import Action, Principal, require
@@ -67,8 +68,9 @@ def plan_load(*, principal: Principal | None, model: InstalledModel, config: Loa
     if principal:
         require(principal, Action.LOAD_MODELS)
     config = check_config(model, config)
-    node = _node_for(model)
-    found = estimate_model(model, config)
+    weights = model.base or model
+    node = _node_for(weights)
+    found = estimate_model(weights, config)
     instances = list(node.instances.select_related("model").exclude(status=S.FAILED))
     free, total = _free_memory(node, instances)
     level = Guardrail(settings.MODEL_LOADING_GUARDRAILS)
@@ -115,11 +117,12 @@ def _leavers(instances: list[ModelInstance], missing_bytes: int) -> list[Leaver]
 def work_of(model_ids: set[int]) -> dict[int, tuple[int, int]]:
     """Return how many requests each model answers, and how many wait for it."""
     work = dict.fromkeys(model_ids, (0, 0))
-    counts = Generation.objects.unfinished().filter(model__in=model_ids).values("model")
+    weights = Coalesce("model__base", "model")
+    counts = Generation.objects.unfinished().annotate(weights=weights).filter(weights__in=model_ids).values("weights")
     for entry in counts.annotate(
         running=Count("pk", filter=Q(status=Generation.Status.RUNNING)), queued=Count("pk", filter=Q(status=Generation.Status.QUEUED))
     ):
-        work[entry["model"]] = (entry["running"], entry["queued"])
+        work[entry["weights"]] = (entry["running"], entry["queued"])
     return work
 
 
@@ -162,12 +165,13 @@ def request_load(
     if remember:
         set_load_defaults(principal=principal, model=model, config=config)
     replaces = [leaver.instance.pk for leaver in plan_load(principal=principal, model=model, config=config).leavers] if make_room else []
-    node = _node_for(model)
+    weights = model.base or model  # a virtual model shares those of its base
+    node = _node_for(weights)
     try:
         with transaction.atomic():
             instance = ModelInstance.objects.create(
                 identifier=_take_identifier(name, model),
-                model=model,
+                model=weights,
                 node=node,
                 config=msgspec.to_builtins(config),
                 ttl_seconds=ttl_seconds,

@@ -63,6 +63,14 @@ class InstalledModel(models.Model):
     chat_template_override = models.TextField(blank=True, help_text="Used instead of the file's; services.set_chat_template writes it.")
     load_defaults = models.JSONField(default=dict, blank=True, help_text="Overrides of workers.schemas.LoadConfig.")
     inference_defaults = models.JSONField(default=dict, blank=True, help_text="Of models_app.defaults.InferenceDefaults.")
+    base = models.ForeignKey(
+        "self",
+        null=True,
+        on_delete=models.CASCADE,
+        related_name="virtual_models",
+        help_text="A virtual model runs on the weights of this one.",
+    )
+    custom_fields = models.JSONField(default=list, blank=True, help_text="Of models_app.virtual.CustomField.")
     imported_by = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)
 
@@ -77,7 +85,7 @@ class InstalledModel(models.Model):
     @property
     def file(self) -> Path:
         """Return the absolute path of the (first) weights file."""
-        return Path(settings.MODELS_DIR) / self.path
+        return Path(settings.MODELS_DIR) / (self.base.path if self.base else self.path)
 
 
 class ModelFile(models.Model):

@@ -206,6 +206,18 @@ class Incoming:
         return InvalidRequest(f"The file could not be brought into the models directory: {error.strerror}.", param="file")
 
 
+def write_new(path: Path, text: str) -> None:
+    """Write a small text file that is not there yet. Raises ``Conflict`` if it is, ``InvalidRequest`` if it cannot be written."""
+    _make_folder(path.parent)
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        raise Conflict(f"There is already a file {path}. Remove it or choose another name.") from None
+    except OSError as error:
+        raise InvalidRequest(f"The file {path} cannot be written: {error.strerror}.", param="file") from None
+
+
 def remove_file(path: Path) -> None:
     """Delete a stored model's file (of a linked one the link only) and the folders that became empty."""
     path.unlink(missing_ok=True)

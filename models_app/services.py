@@ -203,6 +203,8 @@ def delete_model(*, principal: Principal | None, model: InstalledModel) -> None:
     if principal:
         require(principal, Action.DELETE_MODELS)
     _refuse_while_generating(model)
+    if names := ", ".join(model.virtual_models.values_list("key", flat=True)[:5]):
+        raise Conflict(f"{model.key} is what virtual models run on: {names}. Delete them first.")
     for instance in ModelInstance.objects.filter(model=model):
         loading.unload(instance)
     _wait_until_unloaded(model)
@@ -212,6 +214,8 @@ def delete_model(*, principal: Principal | None, model: InstalledModel) -> None:
             return
         _refuse_while_generating(locked)
         files = [file.file for file in locked.files.all() if not _is_used_elsewhere(file)]
+        if locked.base_id:
+            files = [placement.models_dir() / locked.path]
         locked.delete()
         try:  # before the commit: a file that cannot be deleted must not lose its row
             for file in files:

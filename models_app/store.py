@@ -50,15 +50,15 @@ _WAITING = "SELECT id FROM models_app_generation WHERE status = 'queued' AND nod
 
 _CLAIM_COLUMNS = (
     "id", "user_id", "request", "resumes", "seq", "content", "reasoning", "output_tokens", "tool_calls", "cancel_requested",
-    "model_id", "model_key", "model_format", "model_path", "chat_template", "running_limit",
+    "model_id", "model_key", "model_format", "model_path", "chat_template", "named_id", "running_limit",
 )  # fmt: skip
 _CLAIM = """
 UPDATE models_app_generation AS g
 SET status = 'running', node = %s, incarnation = %s, lease_until = %s, started_at = %s
-FROM models_app_installedmodel AS m, lmweb_user AS u
+FROM models_app_installedmodel AS m LEFT JOIN models_app_installedmodel AS b ON b.id = m.base_id, lmweb_user AS u
 WHERE g.id = %s AND g.status = 'queued' AND m.id = g.model_id AND u.id = g.user_id
 RETURNING g.id, g.user_id, g.request, g.resumes, g.seq, g.content, g.reasoning, g.output_tokens, g.tool_calls, g.cancel_requested,
-          m.id, m.key, m.format, m.path, m.chat_template_override, COALESCE(u.running_limit, %s)
+          COALESCE(b.id, m.id), COALESCE(b.key, m.key), m.format, COALESCE(b.path, m.path), m.chat_template_override, m.id, COALESCE(u.running_limit, %s)
 """
 
 
@@ -210,7 +210,7 @@ class DjangoStore:
             if asked is not None:
                 return _instance(asked, model)
             there.filter(identifier=model.key).exclude(pk__in=running).exclude(status=S.LOADING).delete()
-            defaults = InstalledModel.objects.values_list("load_defaults", flat=True).get(pk=model.id)
+            defaults = InstalledModel.objects.values_list("load_defaults", flat=True).get(pk=model.named_id or model.id)
             row = ModelInstance.objects.create(
                 identifier=free_identifier(model.key, set(there.values_list("identifier", flat=True))),
                 model_id=model.id,
@@ -326,6 +326,7 @@ def _claim(row: dict[str, Any]) -> Claim:
             format=row["model_format"],
             path=str(Path(settings.MODELS_DIR) / row["model_path"]),
             chat_template=row["chat_template"],
+            named_id=row["named_id"],
         ),
         identifier=request.model,
         running_limit=row["running_limit"],

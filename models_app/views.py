@@ -21,7 +21,7 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from lmweb.access import Action, Principal, require
 from lmweb.errors import InvalidRequest, LmwebError, NotFound, PayloadTooLarge
 from lmweb.models import User
-from models_app import loading, placement, services, uploads
+from models_app import loading, placement, services, uploads, virtual
 from models_app.forms import LoadForm
 from models_app.models import InstalledModel, ModelInstance
 
@@ -114,6 +114,7 @@ def my_models(request: HttpRequest) -> HttpResponse:
         "sorts": SORTS,
         "filter": Filter.parse(request),
         "may_import": may_import,
+        "may_add_virtual": principal.may(Action.CHANGE_DEFAULTS),
         "unfinished": uploads.mine(principal=principal) if may_import else [],
         "chunk_bytes": uploads.CHUNK_BYTES,
     }
@@ -157,7 +158,7 @@ def _list_html(request: HttpRequest) -> str:
 
 
 def _filtered(visible: QuerySet[InstalledModel], wanted: Filter) -> QuerySet[InstalledModel]:
-    models = visible.prefetch_related(Prefetch("instances", ModelInstance.objects.order_by("identifier")))
+    models = visible.select_related("base").prefetch_related(Prefetch("instances", ModelInstance.objects.order_by("identifier")))
     for word in wanted.query.split()[:8]:
         anywhere = Q()
         for field in ("key", "display_name", "publisher", "architecture", "quantization", "params_string"):
@@ -232,6 +233,14 @@ def estimate(request: HttpRequest, model_id: int) -> HttpResponse:
     return render(
         request, "models_app/estimate.html", {**context, "make_room": "make_room" in request.POST or "was_asked" not in request.POST}
     )
+
+
+@require_POST
+@shows_errors
+def add_virtual(request: HttpRequest) -> HttpResponse:
+    """Add the virtual model of a ``model.yaml``."""
+    model = virtual.install(principal=principal_of(request), text=request.POST.get("model_yaml", "").replace("\r\n", "\n"))
+    return _changed(request, {"toast": {"text": f"{model.key} is added.", "kind": "good"}})
 
 
 @require_POST

@@ -31,7 +31,7 @@ from workers.memory import machine_memory
 from workers.protocol import Embed, Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
 from workers.relay import Live, StreamWriter, end_events, interrupted
 from workers.runner_process import RunnerProcess
-from workers.runners import TURN_PER_LOAD, Policy, Runners
+from workers.runners import Policy, Runners
 from workers.schemas import EmbeddingRequest, GenerationRequest
 from workers.store import Claim, Instance, Outcome, Progress, Store
 
@@ -307,7 +307,7 @@ class Host:
             waiting, runner.waiting = runner.waiting, []
             runner.ready = True
             runner.last_used_at = time.monotonic()
-            runner.turn_until = runner.last_used_at + max(self.runners.policy.turn_seconds, TURN_PER_LOAD * seconds)
+            runner.turn_until = runner.last_used_at + self.runners.policy.turn(seconds)
             for live in waiting:
                 live.load_seconds = round(time.monotonic() - live.started_at, 4)
                 self._publish(live, [ModelLoadEnd(model_instance_id=runner.identifier, load_time_seconds=round(seconds, 4))])

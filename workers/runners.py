@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.25
 #: A model that others wait for may leave when it had no request for so long: its next one is often on its way.
 GRACE_SECONDS = 0.5
-#: A turn lasts at least so many times as long as the load took, so that most of the time goes to answers.
-TURN_PER_LOAD = 4.0
+#: A turn lasts so many times as long as the load took, up to a limit, so that most of the time goes to answers.
+TURN_PER_LOAD = 8.0
 #: Who waits longer than this is told what for.
 TELL_SECONDS = 0.3
 
@@ -49,14 +49,22 @@ class AutoEvict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a node does by itself. ``limit_bytes`` is what models may take together, 0: no limit but the machine's memory."""
+    """What a node does by itself.
+
+    ``turn_seconds`` is the longest turn, 0 means first come, first served. ``limit_bytes`` is what models may take together, 0: no limit but the
+    machine's memory.
+    """
 
     guardrail: Guardrail = Guardrail.BALANCED
     jit: bool = True
     jit_ttl_seconds: int | None = 60 * 60
     auto_evict: AutoEvict = AutoEvict.ON
-    turn_seconds: float = 10.0
+    turn_seconds: float = 30.0
     limit_bytes: int = 0
+
+    def turn(self, load_seconds: float) -> float:
+        """Return how long a model whose load took this long keeps its memory while requests wait for another one, in seconds."""
+        return min(self.turn_seconds, TURN_PER_LOAD * load_seconds)
 
     @property
     def is_unlimited(self) -> bool:

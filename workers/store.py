@@ -16,13 +16,17 @@ from workers.schemas import AnyRequest, LoadConfig, ToolCall
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A model that can be loaded: row id, key, format, absolute path, and the chat template in place of the file's (empty: none)."""
+    """A model that can be loaded: row id, key, format, absolute path, and the chat template in place of the file's (empty: none).
+
+    ``named_id`` is the row that the request named, a virtual model on this one perhaps; its defaults hold for the load.
+    """
 
     id: int
     key: str
     format: str
     path: str
     chat_template: str = ""
+    named_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)

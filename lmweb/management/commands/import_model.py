@@ -8,7 +8,7 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from models_app import gguf, naming, placement, services
+from models_app import gguf, naming, placement, services, virtual
 from models_app.cli import ModelCommand, model_info, size
 from models_app.models import InstalledModel
 from models_app.placement import Mode
@@ -21,6 +21,13 @@ HAPPENED = {
 }
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{file} cannot be read: {error}") from None
+
+
 class Command(ModelCommand):
     """Import a model file."""
 
@@ -29,7 +36,7 @@ class Command(ModelCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the arguments."""
         super().add_arguments(parser)
-        parser.add_argument("file", nargs="?", type=Path, help="the .gguf file")
+        parser.add_argument("file", nargs="?", type=Path, help="the .gguf file, or a model.yaml")
         parser.add_argument("--user-repo", metavar="PUBLISHER/NAME", help="where to store it; without, this is guessed from the file")
         mode = parser.add_mutually_exclusive_group()
         for flags, value, words in (
@@ -53,6 +60,12 @@ class Command(ModelCommand):
             if model is None:
                 raise CommandError("The starter model could not be installed.")
             mode = Mode.COPY
+        elif options["file"].suffix in {".yaml", ".yml"}:
+            model = virtual.install(principal=None, text=_text(options["file"]))
+            if options["json"]:
+                return self.print_json(model_info(model))
+            self.stdout.write(f"Added {model.key}, which runs on {model.base.key if model.base else 'nothing'}")
+            return None
         elif options["dry_run"]:
             return self._dry_run(options["file"], options["user_repo"], mode)
         else:
