@@ -14,7 +14,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import Count
 
 from lmweb.access import Action, Principal, require
-from lmweb.errors import Conflict, InvalidModelFile, TemplateError
+from lmweb.errors import Conflict, InvalidModelFile, InvalidRequest, TemplateError
 from lmweb.models import User
 from models_app import gguf, loading, naming, placement
 from models_app.models import Generation, InstalledModel, ModelFile, ModelInstance
@@ -75,6 +75,24 @@ def import_file(
         if gguf.read_parts([arriving.path for arriving in incoming]) != model:
             raise InvalidModelFile("The file changed while it was imported. Nothing was stored.")
         _store(row, files, incoming)
+    return row
+
+
+def register_stored(*, principal: Principal | None, file: Path, publisher: str, repo: str) -> InstalledModel:
+    """Add the model of a file that lies in the models directory already, where ``publisher/repo`` says; nothing is moved.
+
+    Raises ``PermissionDenied``, ``InvalidRequest``, ``InvalidModelFile``, or ``Conflict`` if the model is there already.
+    """
+    if principal:
+        require(principal, Action.IMPORT_MODELS)
+    source = placement.check_source(file, Mode.MOVE)
+    if naming.file_name(file.name) != file.name:
+        raise InvalidRequest(f"Rename {file.name}: letters, digits, '.', '_' and '-' only.", param="file")
+    parts = gguf.part_paths(source)
+    model = gguf.read_parts(parts)
+    row = _row(model, publisher, repo, file.name, principal.user if principal else None)
+    row.key = free_key(publisher, repo, row.path, model.quantization)
+    _store(row, [NewFile(part, part.name) for part in parts], [])
     return row
 
 

@@ -17,6 +17,7 @@ urlpatterns = [
     path("<int:model_id>/inference-defaults", model_page.inference_defaults, name="model-inference-defaults"),
     path("<int:model_id>/template", model_page.template, name="model-template"),
     path("<int:model_id>/delete", views.delete, name="model-delete"),
+    path("scan", views.scan_folder, name="model-scan"),
     path("virtual", views.add_virtual, name="model-add-virtual"),
     path("instances/<int:instance_id>/pin", views.pin, name="instance-pin"),
     path("instances/<int:instance_id>/unload", views.unload, name="instance-unload"),

@@ -21,7 +21,7 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from lmweb.access import Action, Principal, require
 from lmweb.errors import InvalidRequest, LmwebError, NotFound, PayloadTooLarge
 from lmweb.models import User
-from models_app import loading, placement, services, uploads, virtual
+from models_app import loading, placement, scan, services, uploads, virtual
 from models_app.forms import LoadForm
 from models_app.models import InstalledModel, ModelInstance
 
@@ -233,6 +233,18 @@ def estimate(request: HttpRequest, model_id: int) -> HttpResponse:
     return render(
         request, "models_app/estimate.html", {**context, "make_room": "make_room" in request.POST or "was_asked" not in request.POST}
     )
+
+
+@require_POST
+@shows_errors
+def scan_folder(request: HttpRequest) -> HttpResponse:
+    """Take in the model files that lie in the models directory and are in no list."""
+    found = scan.scan(principal=principal_of(request))
+    problems = [f"{each.path}: {each.problem}" for each in found if each.problem]
+    added = sum(bool(each.key) for each in found)
+    text = f"{added} model{'' if added == 1 else 's'} added." if added or not problems else ""
+    said = " ".join([text, *problems[:3], f"And {len(problems) - 3} more problems." if len(problems) > 3 else ""]).strip()
+    return _changed(request, {"toast": {"text": said, "kind": "bad" if problems else "good"}})
 
 
 @require_POST

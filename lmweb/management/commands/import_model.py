@@ -8,7 +8,7 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from models_app import gguf, naming, placement, services, virtual
+from models_app import gguf, naming, placement, scan, services, virtual
 from models_app.cli import ModelCommand, model_info, size
 from models_app.models import InstalledModel
 from models_app.placement import Mode
@@ -48,12 +48,21 @@ class Command(ModelCommand):
             mode.add_argument(*flags, dest="mode", action="store_const", const=value, help=words)
         parser.add_argument("-y", "--yes", action="store_true", help=argparse.SUPPRESS)  # as lms has it; nothing is asked here
         parser.add_argument("--dry-run", action="store_true", help="check the file and say what would be done")
+        parser.add_argument(
+            "--scan",
+            nargs="?",
+            const="",
+            metavar="FOLDER",
+            help="take in what lies in the models directory, or in another folder of LM Studio's layout (linked, unless --copy or another way)",
+        )
         parser.add_argument("--starter", action="store_true", help="install the small starter model again after it was deleted")
 
     def handle(self, *_: Any, **options: Any) -> None:
         """Import, and say what happened."""
+        if options["scan"] is not None:
+            return self._scan(options)
         if options["starter"] == (options["file"] is not None):
-            raise CommandError("Name the file to import, or give --starter.")
+            raise CommandError("Name the file to import, or give --starter or --scan.")
         mode: Mode = options["mode"] or Mode.MOVE
         if options["starter"]:
             model = services.ensure_starter(restore=True)
@@ -80,6 +89,17 @@ class Command(ModelCommand):
         if options["json"]:
             return self.print_json(model_info(model))
         return self._say(model, mode)
+
+    def _scan(self, options: dict[str, Any]) -> None:
+        folder = Path(options["scan"]) if options["scan"] else None
+        found = scan.scan(principal=None, folder=folder, mode=options["mode"] or Mode.SYMBOLIC_LINK)
+        if options["json"]:
+            return self.print_json([{"path": each.path, "modelKey": each.key or None, "problem": each.problem or None} for each in found])
+        for each in found:
+            self.stdout.write(f"{each.path}: {f'added as {each.key}' if each.key else each.problem}")
+        added = sum(bool(each.key) for each in found)
+        self.stdout.write(f"{added} model{'' if added == 1 else 's'} added" if found else "Nothing new was found.")
+        return None
 
     def _say(self, model: InstalledModel, mode: Mode) -> None:
         self.stdout.write(f"{HAPPENED[mode]} {model.file}")

@@ -1,0 +1,79 @@
+"""Finds model files that lie where they belong but are in no list: in the models directory, or in LM Studio's own folder.
+
+Both have the same layout, ``publisher/model/file.gguf``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from lmweb.access import Action, Principal, require
+from lmweb.errors import Conflict, InvalidRequest, LmwebError
+from models_app import naming, placement, services
+from models_app.models import ModelFile
+from models_app.placement import Mode
+
+MAX_FILES: Final = 2000
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+_PROJECTOR = re.compile(r"mmproj", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file, and what became of it: the key of the new model, or why there is none."""
+
+    path: str
+    key: str = ""
+    problem: str = ""
+
+
+def scan(*, principal: Principal | None, folder: Path | None = None, mode: Mode = Mode.SYMBOLIC_LINK) -> list[Found]:
+    """Take in the model files of a folder that are in no list yet; files of the models directory (None) stay where they are.
+
+    ``mode`` says how files of another folder come in. ``principal`` None stands for the administrator at the command line, who alone
+    may name a folder. Raises ``PermissionDenied``, or ``InvalidRequest`` for a folder that is none.
+    """
+    if principal:
+        require(principal, Action.IMPORT_MODELS)
+    root = placement.models_dir()
+    chosen = root if folder is None else folder.expanduser().absolute().resolve()
+    if not chosen.is_dir():
+        raise InvalidRequest(f"{chosen} is not a folder.", param="folder")
+    found = []
+    known = set(ModelFile.objects.values_list("path", flat=True))
+    for file in _files(chosen):
+        relative = "/".join(file.parts[-3:])
+        if relative in known:
+            continue
+        try:
+            publisher, repo = naming.parse_user_repo("/".join(file.parts[-3:-1]))
+            if chosen == root:
+                model = services.register_stored(principal=principal, file=file, publisher=publisher, repo=repo)
+            else:
+                model = services.import_file(principal=principal, source=file, user_repo=f"{publisher}/{repo}", mode=mode)
+        except Conflict as error:
+            if "key" not in error.details:  # what is installed already is no problem
+                found.append(Found(relative, problem=error.message))
+        except LmwebError as error:
+            found.append(Found(relative, problem=error.message))
+        else:
+            found.append(Found(relative, key=model.key))
+    return found
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Yield the model files below a folder in their order, without further parts and projectors, and not through linked folders."""
+    count = 0
+    for file in sorted(root.glob(f"*/*/*{naming.SUFFIX}")):
+        if any(part.startswith(".") for part in file.parts[-3:]) or file.parent.resolve() != file.parent:
+            continue
+        if _LATER_PART.search(file.name) or _PROJECTOR.search(file.name):
+            continue
+        count += 1
+        if count > MAX_FILES:
+            raise InvalidRequest(f"There are more than {MAX_FILES} model files in {root}.", param="folder")
+        yield file
