@@ -53,6 +53,7 @@ class Offer:
     variant: Variant
     verdict: Verdict
     is_recommended: bool
+    runs_here: bool
     installed: InstalledModel | None
     download: Download | None
 
@@ -135,7 +136,8 @@ def _offers(request: HttpRequest, repository: Repository, offered: list[Variant]
         Offer(
             variant=variant,
             verdict=verdict_of(repository, variant, hardware),
-            is_recommended=variant is best,
+            is_recommended=variant is best and downloads.runs_here(variant),
+            runs_here=downloads.runs_here(variant),
             installed=downloads.installed(repository, variant),
             download=under_way.get(variant.label),
         )

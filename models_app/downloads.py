@@ -27,6 +27,7 @@ from models_app.hub import RemoteFile, Repository
 from models_app.models import Download, InstalledModel, ModelFile
 from models_app.variants import Variant, find_variant, recommended, variant_of_file, variants
 from models_app.verdicts import Hardware, verdict_of
+from workers.engines.registry import FORMATS
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,11 @@ def recommended_of(repository: Repository, offered: list[Variant]) -> Variant | 
     return recommended([variant for variant in offered if verdict_of(repository, variant, hardware).fits])
 
 
+def runs_here(variant: Variant) -> bool:
+    """Return whether an engine of this installation reads the variant's format."""
+    return variant.format in FORMATS
+
+
 def fingerprint(repo: str, variant: Variant) -> str:
     """Return what makes two downloads the same: where from and which content."""
     content = [repo.lower(), *sorted(f"{file.path}:{file.size}:{file.sha256 or file.git_sha1}" for file in variant.all_files)]
@@ -102,7 +108,7 @@ def fingerprint(repo: str, variant: Variant) -> str:
 def installed(repository: Repository, variant: Variant) -> InstalledModel | None:
     """Return the model that this variant has become here already, or None."""
     first = variant.files[0]
-    if variant.format != "gguf":
+    if not runs_here(variant):
         return None
     path = f"{repository.found.repo}/{naming.file_name(first.name)}"
     file = ModelFile.objects.filter(path__iexact=path, role=ModelFile.Role.WEIGHTS).select_related("model").first()
@@ -124,6 +130,8 @@ def ask(*, principal: Principal | None, repository: Repository, variant: Variant
     if principal is not None and not may_download:
         require(principal, Action.REQUEST_DOWNLOADS)
     naming.parse_user_repo(repository.found.repo)
+    if not runs_here(variant):
+        raise InvalidRequest(f"This installation has no engine for {variant.format.upper()} models.", param="model")
     if (model := installed(repository, variant)) is not None:
         return Asked(None, model)
     user = principal.user if principal else None

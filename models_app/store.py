@@ -28,7 +28,7 @@ from models_app.memory import estimate_model, note_measurement
 from models_app.models import Generation, InstalledModel, ModelInstance
 from models_app.naming import free_identifier
 from workers.events import Stats
-from workers.memory import MemoryEstimate
+from workers.memory import MemoryEstimate, gpu_memory
 from workers.models import WorkerNode
 from workers.schemas import GenerationRequest, LoadConfig, ToolCall, request_from_json
 from workers.store import Claim, Instance, ModelFile, Outcome, Progress
@@ -102,7 +102,10 @@ class DjangoStore:
                     "incarnation": self.incarnation,
                     "started_at": timezone.now(),
                     "heartbeat_at": timezone.now(),
-                    "hardware": {"cpu_cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1},
+                    "hardware": {
+                        "cpu_cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+                        "gpu_memory_bytes": gpu_memory(),
+                    },
                     "engines": self._engines,
                     "total_memory_bytes": memory.total,
                     "free_memory_bytes": memory.available,

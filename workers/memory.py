@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
@@ -182,6 +183,18 @@ def has_gpu_build() -> bool:
         return False
     names = [file.name for file in (Path(spec.origin).parent / "lib").glob("*ggml-*")]
     return any(kind in name for name in names for kind in ("ggml-cuda", "ggml-hip", "ggml-vulkan", "ggml-metal"))
+
+
+def gpu_memory() -> int:
+    """Return the memory of all NVIDIA GPUs that llama.cpp was compiled for and can reach, in bytes; 0 where that cannot be told."""
+    if not has_gpu_build():
+        return 0
+    try:
+        command = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(int(line) for line in answer.split() if line.isdigit()) * 1024 * 1024
 
 
 def _number(file: Path) -> int | None:

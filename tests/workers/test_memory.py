@@ -155,3 +155,16 @@ def test_a_load_that_does_not_fit_is_refused_in_words(
     assert bench.run(first, "to be").status == "completed"
     monkeypatch.undo()
     assert bench.run(starter, "hello").status == "completed"
+
+
+def test_gpu_memory_is_asked_of_nvidia_smi(tmp_path, monkeypatch):
+    from workers import memory
+
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '24576\\n[N/A]\\n8192\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(memory, "has_gpu_build", lambda: True)
+    assert memory.gpu_memory() == 32768 * 1024 * 1024
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert memory.gpu_memory() == 0
