@@ -6,11 +6,11 @@ from typing import Any
 
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
-from django.views.decorators.http import require_GET, require_POST
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from lmweb.access import Action, require
-from lmweb.errors import InvalidRequest, NotFound, TemplateError
-from models_app import defaults, services
+from lmweb.errors import Conflict, InvalidRequest, NotFound, ServiceUnavailable, TemplateError
+from models_app import defaults, services, verify
 from models_app.forms import ConfigForm, InferenceForm
 from models_app.models import InstalledModel
 from models_app.views import principal_of
@@ -76,6 +76,26 @@ def template(request: HttpRequest, model_id: int) -> HttpResponse:
     return _saved(model, "template")
 
 
+@require_http_methods(["GET", "POST"])
+def verification(request: HttpRequest, model_id: int) -> HttpResponse:
+    """Say how the check of a model's files stands, or begin one."""
+    model, principal = _model(request, model_id), principal_of(request)
+    problem = ""
+    if request.method == "POST":
+        try:
+            verify.request_verification(principal=principal, model=model)
+        except (Conflict, ServiceUnavailable) as error:
+            problem = error.message
+        model.refresh_from_db(fields=["verification"])
+    context = {
+        "model": model,
+        "checking": verify.is_running(model.verification),
+        "may_verify": principal.may(Action.IMPORT_MODELS),
+        "problem": problem,
+    }
+    return render(request, "models_app/verification.html", context)
+
+
 def _saved(model: InstalledModel, part: str) -> HttpResponse:
     return redirect(f"/models/{model.pk}/?saved={part}#{part}")
 
@@ -86,6 +106,8 @@ def _page(request: HttpRequest, model: InstalledModel, *, status: int = 200, **c
     context = {
         "model": model,
         "files": model.files.all(),
+        "checking": verify.is_running(model.verification),
+        "may_verify": principal.may(Action.IMPORT_MODELS),
         "is_missing": not model.file.is_file(),
         "load_form": ConfigForm(model),
         "inference_form": InferenceForm(model),

@@ -70,6 +70,7 @@ class InstalledModel(models.Model):
         related_name="virtual_models",
         help_text="A virtual model runs on the weights of this one.",
     )
+    verification = models.JSONField(default=dict, blank=True, help_text="How the last check of the files went: models_app.verify.")
     custom_fields = models.JSONField(default=list, blank=True, help_text="Of models_app.virtual.CustomField.")
     imported_by = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="+")
     created_at = models.DateTimeField(auto_now_add=True)

@@ -1,4 +1,4 @@
-"""Celery tasks of the io worker about downloads: thin, named, with ids as arguments."""
+"""Celery tasks of the io worker about downloads and files: thin, named, with ids as arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from django.conf import settings
 
 from lmweb.celery import app
 from lmweb.db import visit
-from models_app import downloads, transfer
+from models_app import downloads, transfer, verify
 
 _worker = transfer.Worker(settings.NODE_NAME, uuid.uuid4(), threading.Event())
 
@@ -20,6 +20,12 @@ _worker = transfer.Worker(settings.NODE_NAME, uuid.uuid4(), threading.Event())
 def run_download(download_id: str) -> None:
     """Do the work of a download, unless somebody else does or enough run."""
     visit(transfer.run, download_id, _worker)
+
+
+@app.task(name=verify.TASK)
+def verify_model(model_id: int) -> None:
+    """Check the files of a model."""
+    visit(verify.run, model_id)
 
 
 @app.task(name="models_app.tasks.tend_downloads")

@@ -15,6 +15,7 @@ urlpatterns = [
     path("<int:model_id>/", model_page.show, name="model"),
     path("<int:model_id>/load-defaults", model_page.load_defaults, name="model-load-defaults"),
     path("<int:model_id>/inference-defaults", model_page.inference_defaults, name="model-inference-defaults"),
+    path("<int:model_id>/verification", model_page.verification, name="model-verification"),
     path("<int:model_id>/template", model_page.template, name="model-template"),
     path("<int:model_id>/delete", views.delete, name="model-delete"),
     path("scan", views.scan_folder, name="model-scan"),

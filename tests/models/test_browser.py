@@ -88,6 +88,50 @@ def test_import_load_unload_delete(page: Page, live: Live, tmp_path: Path) -> No
     assert not (live.data_dir / "models" / "page-test").exists()
 
 
+def test_options_defaults_and_template(page: Page, live: Live, tmp_path: Path) -> None:
+    """A load with every kind of option and the live estimate, then what holds for everybody on the model's own page."""
+    file = make_micro(tmp_path / "Tuned.gguf", name="Tuned")
+    live.manage("import_model", str(file), "--user-repo", "page-test/tuned")
+    page.wait_for_selector(row(page, "page-test/tuned"), timeout=15_000)
+    page.click("button[aria-label='Load Tuned with options']")
+    page.wait_for_selector("#load-estimate .memory-bar")
+    before = page.inner_text("#load-estimate strong")
+    page.fill("#id_context_length", "256")
+    page.wait_for_function("text => document.querySelector('#load-estimate strong')?.innerText !== text", arg=before)
+    page.click("#load-dialog .more-options summary")
+    page.select_option("#id_flash_attention", "on")
+    page.fill("#id_parallel", "2")
+    page.fill("#id_ttl_minutes", "7")
+    page.check("#id_remember")
+    page.click("#load-dialog button.primary")
+    page.wait_for_selector(f"{row(page, 'page-test/tuned')} .badge.good")
+    stored = "SELECT i.config->>'parallel', i.ttl_seconds, m.load_defaults FROM models_app_modelinstance i JOIN models_app_installedmodel m"
+    found = live.rows(f"{stored} ON m.id = i.model_id WHERE i.identifier = 'page-test/tuned'")
+    assert found[0][:2] == ("2", 420)
+    assert found[0][2].items() >= {"context_length": 256, "flash_attention": True, "parallel": 2}.items()
+    page.click("button[aria-label='Pin page-test/tuned']")
+    page.wait_for_selector("button[aria-label='Pin page-test/tuned'][aria-pressed=true]")
+
+    page.click("a.name:text-is('Tuned')")
+    page.wait_for_selector(".facts")
+    assert page.input_value("#id_parallel") == "2"
+    page.click("#loads button[name=reset]")
+    page.wait_for_selector("text=Loads from now on use it.")
+    page.fill("#id_temperature", "0.3")
+    page.fill("#id_system_prompt", "Be brief.")
+    page.click("#answers button.primary")
+    page.wait_for_selector("text=Requests from now on use it.")
+    page.fill("#chat-template", "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    page.click("#template button[name=preview]")
+    page.wait_for_selector(".preview:has-text('<user>Hello!')")
+    page.click("#template button.primary")
+    page.wait_for_selector("text=An admin has replaced the template of the file.")
+    defaults = live.rows("SELECT load_defaults, inference_defaults FROM models_app_installedmodel WHERE key = 'page-test/tuned'")
+    assert defaults == [({}, {"sampling": {"temperature": 0.3}, "system_prompt": "Be brief."})]
+    page.click("text=Verify the files")
+    page.wait_for_selector("#verification .badge")
+
+
 def test_lost_connection_and_taken_name_lose_nothing(page: Page, live: Live, tmp_path: Path) -> None:
     file = make_micro(tmp_path / "Large-F32.gguf", name="Large")
     with file.open("r+b") as handle:

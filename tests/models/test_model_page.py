@@ -138,6 +138,25 @@ def test_the_dialog_says_what_a_load_takes_and_who_has_to_leave(page: Client, mo
     assert model.load_defaults == {"context_length": 512}
 
 
+def test_files_are_verified(page: Client, owner: User, model: InstalledModel) -> None:
+    from models_app import verify
+
+    url = f"/models/{model.pk}/verification"
+    for said in ("Checksum noted", "Verified"):
+        assert "Checking" in text(page.post(url))
+        assert "being checked already" in text(page.post(url)) or "Checking" in text(page.get(url))
+        verify.run(model.pk)
+        assert said in text(page.get(url))
+    with model.file.open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"X")
+    verify.run(model.pk)
+    assert "has changed or is damaged" in text(page.get(url))
+    model.file.unlink()
+    verify.run(model.pk)
+    assert "cannot be read" in text(page.get(f"/models/{model.pk}/"))
+
+
 def test_pins(page: Client, owner: User, model: InstalledModel, node: WorkerNode) -> None:
     instance = ModelInstance.objects.create(identifier="x", model=model, node=node, status="ready", ttl_seconds=60)
     assert 'aria-pressed="true"' in text(page.post(f"/models/instances/{instance.pk}/pin", {"pinned": "on"}))
