@@ -64,7 +64,7 @@ def test_search_choose_download_in_two_browsers(page: Page, live: Live, publishe
     expect(page.get_by_text("Licence: apache-2.0")).to_be_visible()
     expect(page.locator(".readme .md strong")).to_have_text("Small")
     assert page.locator(".readme img, .readme a[href^='javascript']").count() == 0
-    published.bytes_per_second = 250_000
+    published.bytes_per_second = 60_000
     page.locator("[data-variant='F32']").get_by_role("button", name="Download F32").click()
     expect(page.locator("[data-variant='F32'] .act")).to_contain_text("ing")
     expect(page.locator("#activity-badge")).to_have_text("1")
