@@ -14,6 +14,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -116,14 +117,13 @@ class Incoming:
     def __enter__(self) -> Self:
         """Bring the file in under a temporary name. Raises ``Conflict`` without space, ``InvalidRequest`` if a link cannot be made."""
         self.path = hidden_folder("incoming") / uuid.uuid4().hex
-        try:
-            self._bring()
-        except OSError as error:
-            self._undo()
-            raise self._explain(error) from None
-        except BaseException:
-            self._undo()
-            raise
+        with ExitStack() as unless_here:
+            unless_here.callback(self._undo)
+            try:
+                self._bring()
+            except OSError as error:
+                raise self._explain(error) from None
+            unless_here.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

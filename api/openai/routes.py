@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 
 import msgspec
@@ -169,12 +170,11 @@ async def _stream(feeds: list[Feed], body: ChatCompletionRequest) -> HttpRespons
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     generation = feeds[0].generation
     translator = translate.ChunkTranslator(generation.pk, generation.model_key, include_usage=include_usage, n=len(feeds))
-    try:
+    with ExitStack() as unless_streamed:
+        unless_streamed.callback(_close, feeds)
         head = await _head(feeds)
         first = b"".join(written for happening in head for written in _written(translator, happening))
-    except BaseException:
-        _close(feeds)
-        raise
+        unless_streamed.pop_all()
     return sse.response(_written_stream(feeds, translator, first))
 
 

@@ -37,7 +37,8 @@ from workers.events import (
 )
 from workers.protocol import Cancel, Output, Submit
 from workers.relay import _merged
-from workers.runner import Runner, StepLog
+from workers.reports import StepLog
+from workers.runner import Runner
 from workers.schemas import ChatMessage, GenerationRequest, Lane, OutputFormat, SamplingParams, Tool
 
 STORY_STEPS = int(os.environ.get("PROPERTY_STEPS", "300"))

@@ -11,7 +11,8 @@ from tests.micro_models import make_micro
 from workers.engines import registry
 from workers.events import ContextOverflow, MessageDelta, Stats
 from workers.protocol import Channel, Output, RunnerMessage, Step, Submit
-from workers.runner import Outbox, Runner, StepLog
+from workers.reports import Outbox, StepLog
+from workers.runner import Runner
 from workers.schemas import ChatMessage, GenerationRequest, LoadConfig, OutputFormat, SamplingParams
 
 DEFAULTS = SamplingParams()
