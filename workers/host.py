@@ -329,7 +329,7 @@ class Host:
             self._try_store(lambda: self.store.instance_gone(pk))
             return
         if not runner.ready and not runner.stopping:
-            reason = runner.load_error or f"The model could not be loaded: {runner.exit_reason()}."
+            reason = runner.load_failure()
             self._try_store(lambda: self.store.instance_failed(pk, reason))
             for live in waiting:
                 self._fail(live, ErrorInfo(code="model_load_failed", message=reason))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -143,6 +144,22 @@ class RunnerProcess:
         self.process.wait()
         self._channel.close()
         self._on_exit(self)
+
+    def load_failure(self) -> str:
+        """Say why the model is not in memory, for people, once the process has ended before it was."""
+        code = self.process.returncode or 0
+        if self.load_error:
+            return self.load_error
+        if -code == signal.SIGKILL:
+            return (
+                "The process that read the model was killed, most likely because the machine ran out of memory. Unload other models first."
+            )
+        if code < 0:
+            return (
+                f"The engine crashed while it read the file (signal {-code}). The file is damaged, or of a kind that this version of the "
+                "engine does not know."
+            )
+        return f"The model could not be loaded: {self.exit_reason()}."
 
     def exit_reason(self) -> str:
         """Say how the process ended."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 4, 5, 6, 7, 8, 9, 10
@@ -210,3 +212,60 @@ def hostile_files() -> dict[str, bytes]:
         "only the header": VALID.header(),
     }
     return files
+
+
+def mutants(seeds: Sequence[bytes], count: int, *, seed: int) -> Iterator[bytes]:
+    """Yield model files whose headers were flipped, overwritten, cut or repeated in up to four places, the same ones every time."""
+    rng = random.Random(seed)
+    for number in range(count):
+        data = bytearray(seeds[number % len(seeds)])
+        # Most of the interesting numbers are at the beginning; vocabularies fill the rest of real headers.
+        limit = min(len(data), 1000 if number % 2 else _header_bytes(data))
+        for _ in range(rng.randint(1, 4)):
+            _mutate(rng, data, limit)
+            limit = min(limit, len(data)) or 1
+        yield bytes(data)
+
+
+def _header_bytes(data: bytearray) -> int:
+    found = data.rfind(b".weight")  # the name of the last tensor
+    return found + 64 if found > 0 else len(data)
+
+
+def _mutate(rng: random.Random, data: bytearray, limit: int) -> None:
+    at, kind = rng.randrange(limit), rng.randrange(5)
+    if kind == 0:
+        data[at] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        data[at : at + 8] = rng.choice([HUGE, 2**63, 2**32, 2**31, 0, 1]).to_bytes(8, "little")
+    elif kind == 2:
+        data[at : at + 4] = rng.randbytes(4)
+    elif kind == 3:
+        del data[at : at + rng.randint(1, 64)]
+    else:
+        data[at:at] = data[at : at + rng.randint(1, 64)]
+
+
+def overwrite(data: bytes, key: str, value: bytes, *, skip: int = 0) -> bytes:
+    """Return a model file with other bytes in a metadata value, ``skip`` bytes after its type."""
+    at = data.index(text(key)) + 8 + len(key) + 4 + skip
+    return data[:at] + value + data[at + len(value) :]
+
+
+def engine_killers(model: bytes) -> dict[str, bytes]:
+    """Return files that the parser lets through and that make llama.cpp end its process, by what is wrong with them.
+
+    ``model`` is a micro model of the architecture qwen2; its first two tokens have names of one length.
+    """
+    tokens, array_head = "tokenizer.ggml.tokens", 4 + 8
+    first = text_at(model, tokens, array_head)
+    return {
+        "two tokens of one name": overwrite(model, tokens, text(first) + text(first), skip=array_head),
+        "normalization with a negative number": overwrite(model, "qwen2.attention.layer_norm_rms_epsilon", struct.pack("<f", -1.0)),
+    }
+
+
+def text_at(data: bytes, key: str, skip: int) -> bytes:
+    """Return the text that begins so many bytes after the type of a metadata value."""
+    at = data.index(text(key)) + 8 + len(key) + 4 + skip
+    return data[at + 8 : at + 8 + struct.unpack_from("<Q", data, at)[0]]

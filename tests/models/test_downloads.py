@@ -209,10 +209,11 @@ def test_a_size_beyond_all_disks(repo: Repo, boss: Principal) -> None:
     repo.lies = {FILE: 2**42}
     with pytest.raises(Conflict, match="space on the disk"):
         ask(boss)
-    repo.lies = {FILE: 2**60}
-    cache.clear()
-    with pytest.raises(InvalidRequest, match="no model"):
-        ask(boss)
+    for impossible in (2**60, 0, -1):
+        repo.lies = {FILE: impossible}
+        cache.clear()
+        with pytest.raises(InvalidRequest, match="no model"):
+            ask(boss)
 
 
 def test_a_disk_that_fills_up(

@@ -19,7 +19,7 @@ from models_app.models import InstalledModel
 from models_app.placement import Mode
 from tests.micro_models import make_micro
 from tests.models.conftest import stored_files
-from tests.models.hostile import hostile_files
+from tests.models.hostile import VALID, hostile_files, mutants
 
 pytestmark = pytest.mark.django_db
 HOSTILE = hostile_files()
@@ -105,6 +105,28 @@ def test_nothing_of_a_hostile_file_is_stored(tmp_path: Path, models_dir: Path, n
     assert file.read_bytes() == HOSTILE[name]
     assert stored_files(models_dir) == []
     assert not InstalledModel.objects.exists()
+
+
+def test_a_thousand_mutated_headers_through_the_import(tmp_path: Path, models_dir: Path) -> None:
+    """What passes is stored as it is where it belongs, the rest stays where it was, and nothing else appears or goes anywhere."""
+    source, stored = tmp_path / "mutant.gguf", 0
+    seeds = [VALID.encode(), make_micro(tmp_path / "m.gguf", layers=1, quantization="q4_0").read_bytes()]
+    around = sorted(path.name for path in tmp_path.iterdir())
+    for number, data in enumerate(mutants(seeds, 1000, seed=11)):
+        source.write_bytes(data)
+        try:
+            model = services.import_file(principal=None, source=source, user_repo=f"mutants/number-{number}")
+        except InvalidModelFile:
+            assert source.read_bytes() == data
+            continue
+        stored += 1
+        assert model.file.read_bytes() == data
+        assert not source.exists()
+    source.unlink(missing_ok=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*around, "models"])
+    files = sorted(str(path.relative_to(models_dir)) for path in models_dir.rglob("*") if not path.is_dir())
+    assert files == sorted(InstalledModel.objects.values_list("path", flat=True))
+    assert 20 < stored < 500
 
 
 def test_second_quantization_gets_its_name(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from pytest_django import Settings
 from lmweb.models import User
 from models_app import placement, uploads
 from models_app.models import InstalledModel
+from tests.micro_models import make_micro
 from tests.models.conftest import stored_files
-from tests.models.hostile import hostile_files
+from tests.models.hostile import VALID, hostile_files, mutants
 
 pytestmark = pytest.mark.django_db
 HOSTILE = hostile_files()
@@ -116,6 +117,56 @@ def test_hostile_upload_leaves_nothing(browser: Client, models_dir: Path, name: 
     refused(finish(browser, upload), 404, "not_found")
     assert stored_files(models_dir) == []
     assert not InstalledModel.objects.exists()
+
+
+def test_mutated_headers_through_the_browser(browser: Client, models_dir: Path, tmp_path: Path) -> None:
+    """Each is stored or refused in words, in whatever piece it is noticed; nothing is left of those that were refused."""
+    micro = make_micro(tmp_path / "m.gguf", layers=1, quantization="q4_0").read_bytes()
+    statuses = set()
+    for number, data in enumerate(mutants([VALID.encode(), micro], 100, seed=5)):
+        upload, middle = begin(browser, len(data), f"mutant-{number}.gguf"), len(data) // 2
+        response = put(browser, upload, 0, data[:middle])
+        if response.status_code == 200:
+            response = put(browser, upload, middle, data[middle:])
+        if response.status_code == 200:
+            response = finish(browser, upload, f"mutants/number-{number}")
+        statuses.add(response.status_code)
+        assert response.status_code == 201 or refused(response, 400, "invalid_model_file")
+    assert statuses == {201, 400}
+    files = [path for path in stored_files(models_dir) if (models_dir / path).is_file()]
+    assert files == sorted(InstalledModel.objects.values_list("path", flat=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("../../../etc/passwd.gguf", "passwd.gguf"),
+        ("/etc/cron.d/evil.gguf", "evil.gguf"),
+        ("C:\\Windows\\System32\\evil.gguf", "evil.gguf"),
+        ("..\\..\\evil.gguf", "evil.gguf"),
+        ("evil\x1b[2J\x00\n.gguf", "evil-2J.gguf"),
+        ("x" * 300 + ".gguf", None),
+        ("\u0435vil\u2215\u2024\u2024\u2215x\u202efugg.gguf", None),
+        ("..gguf", "model.gguf"),
+        (" .gguf", "model.gguf"),
+    ],
+)
+def test_hostile_file_names_of_uploads(browser: Client, micro: Path, models_dir: Path, name: str, stored: str | None) -> None:
+    """Whatever a file is called, it is stored under a plain name in the folder that was asked for, or refused in words."""
+    data = micro.read_bytes()
+    begun = call(browser, "POST", "/models/uploads", {"file_name": name, "size": len(data)})
+    if begun.status_code != 201:
+        refused(begun, 400, "invalid_request")
+        assert stored_files(models_dir) == []
+        return
+    upload = begun.json()["id"]
+    put(browser, upload, 0, data)
+    assert finish(browser, upload).status_code == 201
+    model = InstalledModel.objects.get()
+    folder, _, file = model.path.rpartition("/")
+    assert (folder, file.isascii(), len(file) < 170) == ("team/model", True, True)
+    assert stored is None or file == stored
+    assert stored_files(models_dir) == ["team", "team/model", model.path]
 
 
 def test_foreign_file_is_refused_after_its_first_piece(browser: Client, models_dir: Path) -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.micro_models import make_micro
+from tests.models.hostile import VALID, engine_killers, mutants
 from tests.workers.support import Bench, make_host, wait_for
 from workers.events import QueueUpdate
 from workers.runners import AutoEvict, Policy
@@ -101,6 +102,38 @@ def test_what_the_engine_cannot_do_is_said_in_words(bench: Bench, models: list[I
     row = ask(bench, models[0], config=config)
     assert row.status == "failed"
     assert words in row.error
+
+
+def test_hostile_headers_that_pass_the_parser_end_their_runner_at_most(bench: Bench, starter: InstalledModel, tmp_path: Path) -> None:
+    """llama.cpp refuses them in words, aborts, or answers nonsense; either way the host says what happened and goes on."""
+    micro = make_micro(tmp_path / "m.gguf", layers=1, quantization="q4_0").read_bytes()
+    asked = ask(bench, starter)
+    passing = [data for data in mutants([VALID.encode(), micro], 200, seed=3) if is_accepted(tmp_path / "mutant.gguf", data)]
+    killers = engine_killers(micro)
+    outcomes = []
+    for number, data in enumerate([*killers.values(), *passing[:6]]):
+        file = tmp_path / f"hostile-{number}.gguf"
+        file.write_bytes(data)
+        assert is_accepted(file, data)
+        ended = bench.run(bench.install(file, f"hostile/{number}"), "to be", sampling=SHORT)
+        assert ended.status == "completed" or (ended.error_code in {"model_load_failed", "generation_interrupted"} and ended.error_message)
+        outcomes.append(ended.error_message)
+    assert "The engine crashed while it read the file" in outcomes[0]
+    assert bench.run(starter, "hello", sampling=SHORT).status == "completed"
+    assert bench.host.runners.by_id[asked.pk].process.poll() is None
+
+
+def is_accepted(file: Path, data: bytes) -> bool:
+    """Return whether the parser takes a file with this content for a model."""
+    from lmweb.errors import InvalidModelFile
+    from models_app import gguf
+
+    file.write_bytes(data)
+    try:
+        gguf.read_model(file)
+    except InvalidModelFile:
+        return False
+    return True
 
 
 # --- by request: JIT and TTL --------------------------------------------------------------------------------------------
