@@ -176,13 +176,18 @@ def machine_memory() -> tuple[int, int]:
     return max(0, free), total
 
 
-def has_gpu_build() -> bool:
-    """Whether llama.cpp was compiled for a GPU, whose memory this module does not know."""
+def gpu_backends() -> list[str]:
+    """Return the kinds of GPUs that llama.cpp was compiled for, by the libraries that lie beside it."""
     spec = find_spec("llama_cpp")
     if spec is None or spec.origin is None:
-        return False
+        return []
     names = [file.name for file in (Path(spec.origin).parent / "lib").glob("*ggml-*")]
-    return any(kind in name for name in names for kind in ("ggml-cuda", "ggml-hip", "ggml-vulkan", "ggml-metal"))
+    return [kind for kind in ("cuda", "hip", "vulkan", "metal") if any(f"ggml-{kind}" in name for name in names)]
+
+
+def has_gpu_build() -> bool:
+    """Whether llama.cpp was compiled for a GPU, whose memory this module does not know."""
+    return bool(gpu_backends())
 
 
 def gpu_memory() -> int:

@@ -7,7 +7,6 @@ import logging
 import os
 import threading
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from lmweb.db import visit
 from models_app.reaper import Reaper
 from models_app.store import DjangoStore, relax_commits
 from workers.dispatch import CANCEL
+from workers.engines import registry
 from workers.host import Host
 from workers.memory import Guardrail
 from workers.runners import AutoEvict, Policy
@@ -37,7 +37,7 @@ _reaper = Reaper()
 def host() -> Host:
     """Return this process's host; made when the GPU worker starts."""
     return Host(
-        store=DjangoStore(settings.NODE_NAME, engines=[{"name": "llama.cpp", "version": metadata.version("llama-cpp-python")}]),
+        store=DjangoStore(settings.NODE_NAME, engines=[dataclasses.asdict(engine) for engine in registry.describe()]),
         redis_url=settings.REDIS_URL,
         logs=settings.LOGS_DIR,
         step_log=settings.STEP_LOG,

@@ -1,4 +1,4 @@
-"""Which engine runs which format. Adding one: a module with a ``load`` of type ``base.Factory``, and a line here."""
+"""Which engine runs which format. Adding one: a module with a ``load`` of type ``base.Factory``, its card, and a line here."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lmweb.errors import ModelLoadFailed
+from workers.engines import card, llama_card
 
 if TYPE_CHECKING:  # workers read ``FORMATS``; they need not hold numpy and what else the engines use
     from workers.engines.base import Factory
 
-ENGINES = {"llama.cpp": "workers.engines.llama_cpp"}
-FORMATS = {"gguf": "llama.cpp"}
+CARDS = {each.name: each for each in (llama_card.CARD,)}
+FORMATS = {name: each.name for each in CARDS.values() for name in each.formats}
+
+
+def describe() -> list[card.Description]:
+    """Return all engines as they are on this machine, also those that are not installed. Imports none of their libraries."""
+    return [card.describe(each) for each in CARDS.values()]
 
 
 def factory(name: str) -> Factory:
     """Return the loader of an engine. Raises ``ModelLoadFailed`` for an unknown or uninstalled one."""
-    if name not in ENGINES:
+    if name not in CARDS:
         raise ModelLoadFailed(f"There is no engine '{name}'.")
-    try:
-        load: Factory = import_module(ENGINES[name]).load
-    except ImportError as error:
-        raise ModelLoadFailed(f"The engine '{name}' is not installed: {error}") from error
+    chosen = CARDS[name]
+    if not chosen.is_installed:
+        raise ModelLoadFailed(f"The engine '{name}' is not installed here. {chosen.install}")
+    load: Factory = import_module(chosen.module).load
     return load

@@ -1,0 +1,45 @@
+"""What engines say about themselves, without being loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lmweb.errors import ModelLoadFailed
+from tests.live import REPOSITORY
+from workers.engines import card, registry
+
+
+def test_every_engine_says_what_it_can_and_why_not() -> None:
+    described = {engine.name: engine for engine in registry.describe()}
+    llama = described["llama.cpp"]
+    assert llama.is_installed
+    assert llama.version
+    assert llama.formats == ["gguf"]
+    assert llama.devices[-1] == "cpu"
+    for engine in described.values():
+        assert set(engine.supports) == {feature.value for feature in card.Feature} == {feature.value for feature in card.LABELS}
+        assert all(reason == "" or reason.endswith(".") for reason in engine.supports.values())
+
+
+def test_describing_imports_no_engine() -> None:
+    code = "import sys; from workers.engines import registry; registry.describe(); print(sorted({'numpy', 'llama_cpp', 'mlx'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_format_has_one_engine() -> None:
+    formats = [name for each in registry.CARDS.values() for name in each.formats]
+    assert len(formats) == len(set(formats))
+
+
+def test_an_engine_that_is_not_there_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = card.EngineCard("ghost", "no.such.module", ("no-such-package",), (), list, {}, "Install it.")
+    monkeypatch.setitem(registry.CARDS, "ghost", absent)
+    with pytest.raises(ModelLoadFailed, match="'ghost' is not installed here"):
+        registry.factory("ghost")
+    with pytest.raises(ModelLoadFailed, match="no engine 'nothing'"):
+        registry.factory("nothing")
+    assert card.describe(absent).version == ""
