@@ -67,21 +67,22 @@ def default_scopes() -> list[str]:
     return [Scope.INFERENCE, Scope.MODELS_READ]
 
 
-class ApiToken(models.Model):
-    """A bearer token. Only its SHA-256 is stored: tokens are 190 random bits, so a plain hash cannot be reversed by guessing."""
+class BearerToken(models.Model):
+    """A secret that somebody carries. Only its SHA-256 is stored: 190 random bits cannot be found by guessing."""
+
+    PREFIX: ClassVar[str]
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    user = models.ForeignKey(User, on_delete=models.CASCADE, related_name="api_tokens")
     name = models.CharField(max_length=100)
     hint = models.CharField(max_length=16, help_text="The first characters, to tell tokens apart.")
     digest = models.CharField(max_length=64, unique=True)
-    scopes = ArrayField(models.CharField(max_length=32, choices=Scope.choices), default=default_scopes)
     created_at = models.DateTimeField(auto_now_add=True)
     expires_at = models.DateTimeField(null=True, blank=True)
     revoked_at = models.DateTimeField(null=True, blank=True)
     last_used_at = models.DateTimeField(null=True, blank=True)
 
     class Meta:
+        abstract = True
         ordering: ClassVar[list[str]] = ["-created_at"]
 
     def __str__(self) -> str:
@@ -105,9 +106,23 @@ class ApiToken(models.Model):
         return hashlib.sha256(secret.encode()).hexdigest()
 
     @classmethod
+    def new_secret(cls) -> str:
+        """Return a secret that nobody has."""
+        return f"{cls.PREFIX}{secrets.token_urlsafe(24)}"
+
+
+class ApiToken(BearerToken):
+    """What a program shows to act for a person."""
+
+    PREFIX = TOKEN_PREFIX
+
+    user = models.ForeignKey(User, on_delete=models.CASCADE, related_name="api_tokens")
+    scopes = ArrayField(models.CharField(max_length=32, choices=Scope.choices), default=default_scopes)
+
+    @classmethod
     def issue(cls, *, user: User, name: str, scopes: list[str] | None = None, expires_at: datetime | None = None) -> tuple[ApiToken, str]:
         """Create a token and return it with its secret, which is not stored and cannot be shown again."""
-        secret = f"{TOKEN_PREFIX}{secrets.token_urlsafe(24)}"
+        secret = cls.new_secret()
         token = cls.objects.create(
             user=user, name=name, hint=secret[:10], digest=cls.hash(secret), scopes=scopes or default_scopes(), expires_at=expires_at
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 import uuid
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -12,26 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import psycopg
 from django.conf import settings
 from django.db import close_old_connections, connection, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import F
 from django.db.models.expressions import RawSQL
+from django.db.models.functions import Now
 from django.utils import timezone
 from psycopg import sql
 
+from lmweb import __version__
 from lmweb.db import drop_dead_connections
 from models_app.drafts import draft_file
 from models_app.memory import estimate_model, note_measurement
 from models_app.models import Generation, InstalledModel, ModelInstance
 from models_app.naming import free_identifier
 from workers.events import Stats
-from workers.memory import MemoryEstimate, gpu_memory
+from workers.machine import free_disk, hardware
+from workers.memory import MemoryEstimate, machine_memory
 from workers.models import WorkerNode
 from workers.schemas import GenerationRequest, LoadConfig, ToolCall, request_from_json
-from workers.store import Claim, Instance, ModelFile, Outcome, Progress
+from workers.store import Claim, Instance, ModelFile, NodeState, Outcome, Progress
 
 LEASE_SECONDS = 15
 
@@ -44,6 +47,15 @@ SET seq = v.seq, content = v.content, reasoning = v.reasoning, tool_calls = v.ca
 FROM (VALUES {rows}) AS v (id, seq, content, reasoning, calls, tokens, resumes)
 WHERE g.id = v.id AND g.incarnation = %s AND g.status = 'running'
 RETURNING g.id, g.cancel_requested
+"""
+
+#: Dated by the database's clock, like everything that is compared between machines.
+_HEARTBEAT = """
+UPDATE workers_workernode
+SET heartbeat_at = statement_timestamp(), free_memory_bytes = %s, free_disk_bytes = %s,
+    clock_offset_seconds = %s::float8 - extract(epoch FROM clock_timestamp())::float8, log_lines = COALESCE(%s::text[], log_lines)
+WHERE name = %s AND incarnation = %s
+RETURNING state
 """
 
 _WAITING = "SELECT id FROM models_app_generation WHERE status = 'queued' AND node IN (%s, '') ORDER BY created_at"
@@ -94,23 +106,21 @@ class DjangoStore:
 
     def register(self) -> None:
         """Register this node, and queue again what its dead predecessor had."""
-        memory = psutil.virtual_memory()
+        free, total = machine_memory()
+        facts = {
+            "incarnation": self.incarnation,
+            "started_at": Now(),
+            "heartbeat_at": Now(),
+            "hardware": hardware(),
+            "engines": self._engines,
+            "total_memory_bytes": total,
+            "free_memory_bytes": free,
+            "free_disk_bytes": free_disk(),
+            "version": __version__,
+            "log_lines": [],
+        }
         with _brief(durable=True):
-            node, _ = WorkerNode.objects.update_or_create(
-                name=self.node_name,
-                defaults={
-                    "incarnation": self.incarnation,
-                    "started_at": timezone.now(),
-                    "heartbeat_at": timezone.now(),
-                    "hardware": {
-                        "cpu_cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
-                        "gpu_memory_bytes": gpu_memory(),
-                    },
-                    "engines": self._engines,
-                    "total_memory_bytes": memory.total,
-                    "free_memory_bytes": memory.available,
-                },
-            )
+            node, _ = WorkerNode.objects.update_or_create(name=self.node_name, defaults=facts)
             ModelInstance.objects.filter(node=node).delete()
             orphans = Generation.objects.filter(node=self.node_name, status=Generation.Status.RUNNING).exclude(incarnation=self.incarnation)
             orphans.update(status=Generation.Status.QUEUED, resumes=F("resumes") + 1)
@@ -128,12 +138,13 @@ class DjangoStore:
                 while notices := list(listener.notifies(timeout=seconds, stop_after=1)):
                     yield [notice.payload for notice in notices]
 
-    def heartbeat(self, *, free_memory_bytes: int) -> None:
-        """Say that this node lives."""
-        with _brief(durable=False):
-            WorkerNode.objects.filter(name=self.node_name, incarnation=self.incarnation).update(
-                heartbeat_at=timezone.now(), free_memory_bytes=free_memory_bytes
-            )
+    def heartbeat(self, *, log_lines: list[str] | None = None) -> NodeState | None:
+        """Say that this node lives, and what is free on it."""
+        values = [machine_memory()[0], free_disk(), time.time(), log_lines, self.node_name, self.incarnation]
+        with _brief(durable=False), connection.cursor() as cursor:
+            cursor.execute(_HEARTBEAT, values)
+            row = cursor.fetchone()
+        return NodeState(row[0]) if row else None
 
     def claim(self, generation_id: str) -> Claim | None:
         """Take a queued generation by a conditional update, so that a second delivery finds nothing."""

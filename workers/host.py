@@ -27,7 +27,6 @@ from workers.events import (
     Stats,
 )
 from workers.fairness import Hold, PersonalLimits
-from workers.memory import machine_memory
 from workers.protocol import Embed, Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
 from workers.relay import Live, StreamWriter, end_events, interrupted
 from workers.runner_process import RunnerProcess
@@ -489,7 +488,7 @@ class Host:
                 self._tell_held()
             if time.monotonic() - beat_at >= HEARTBEAT_SECONDS:
                 beat_at = time.monotonic()
-                self._try_store(lambda: self.store.heartbeat(free_memory_bytes=machine_memory()[0]))
+                self._try_store(self.store.heartbeat)
                 self._try_store(self.runners.unload_idle)
 
     def _refill(self) -> None:
@@ -504,7 +503,7 @@ class Host:
                         self._lives.pop(live.id, None)
 
     @staticmethod
-    def _try_store(action: Callable[[], None]) -> None:
+    def _try_store(action: Callable[[], object]) -> None:
         """Do something that the database should know but that must not stop tokens when it is away."""
         try:
             action()

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from workers.events import ErrorInfo, Stats
 from workers.memory import MemoryEstimate
 from workers.schemas import AnyRequest, LoadConfig, ToolCall
+
+
+class NodeState(StrEnum):
+    """What an admin lets a node do: everything; serve what it has in memory; finish what it has begun, then unload."""
+
+    ACTIVE = "active"
+    CORDONED = "cordoned"
+    DRAINING = "draining"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +124,11 @@ class Store(Protocol):
         After so many seconds without any it yields all again.
         """
 
-    def heartbeat(self, *, free_memory_bytes: int) -> None:
-        """Say that this node lives."""
+    def heartbeat(self, *, log_lines: list[str] | None = None) -> NodeState | None:
+        """Say that this node lives, with the end of its log if that has changed; returns what an admin lets it do.
+
+        None: the node was removed, or another process has its name now.
+        """
 
     def claim(self, generation_id: str) -> Claim | None:
         """Take a queued generation; None if somebody else has it, or if it could not start (then its row says why)."""

@@ -12,7 +12,8 @@ from django.db import OperationalError, connection
 from django.db.migrations.executor import MigrationExecutor
 from django.urls import reverse
 
-from lmweb import setup
+from lmweb import __version__, setup
+from workers.models import Installation
 
 #: Any fixed number: several web servers that start at once prepare the database one after the other.
 _LOCK = 0x6C6D776562
@@ -41,6 +42,7 @@ class Command(BaseCommand):
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_advisory_lock(%s)", [_LOCK])
         call_command("migrate", interactive=False, verbosity=0)
+        Installation.objects.update_or_create(pk=1, defaults={"version": __version__})
         settings.STATIC_ROOT.mkdir(parents=True, exist_ok=True)
         # htmx is vendored in static/; the copy inside django_htmx imports files that it does not ship.
         call_command("collectstatic", interactive=False, verbosity=0, ignore_patterns=["django_htmx"])
