@@ -15,6 +15,7 @@ from lmweb.errors import InvalidRequest, LmwebError, ModelNotFound
 from models_app import memory
 from models_app.loading import LoadPlan
 from models_app.models import InstalledModel, ModelInstance
+from workers.memory import has_gpu_build
 from workers.schemas import LoadConfig
 
 
@@ -60,10 +61,13 @@ class ModelCommand(BaseCommand):
 
 
 def find_model(text: str) -> InstalledModel:
-    """Return the model of this key, or the only one of this name without its publisher. Raises ``ModelNotFound``."""
+    """Return the model of this key or path (``publisher/name/file.gguf``), or the only one of this name without its publisher.
+
+    Raises ``ModelNotFound``, and ``InvalidRequest`` where several are meant.
+    """
     if "\x00" not in text:
         models = InstalledModel.objects.all()
-        found = models.filter(key__iexact=text).first()
+        found = models.filter(key__iexact=text).first() or models.filter(path__iexact=text).first()
         if found is not None:
             return found
         candidates = list(models.filter(key__iendswith=f"/{text}")[:2])
@@ -99,7 +103,7 @@ def choose(question: str, choices: list[str], *, ask: bool = True) -> str:
 
 
 VERDICTS = {
-    "fits": "This model may be loaded: it fits into the memory that is free.",
+    "fits": "This model may be loaded based on your resource guardrails settings.",
     "unknown": "How much of it fits on the GPU is known to the engine only.",
     "too_large": "This model cannot be loaded like this: there is not enough memory, even if everything that may leave were unloaded.",
 }
@@ -113,10 +117,12 @@ def plan_info(model: InstalledModel, config: LoadConfig, plan: LoadPlan) -> dict
         "contextLength": memory.complete(config, model.max_context_length).context_length,
         "parallel": config.parallel,
         "neededBytes": found.needed_bytes,
+        "gpuBytes": found.gpu_bytes,
         "weightsBytes": found.weights_bytes,
         "repackedBytes": found.repacked_bytes,
         "kvBytes": found.kv_bytes,
         "computeBytes": found.compute_bytes,
+        "draftBytes": found.draft_bytes,
         "measuredBytes": found.measured_bytes,
         "node": plan.node.name,
         "freeBytes": plan.free_bytes,
@@ -133,11 +139,15 @@ def plan_lines(model: InstalledModel, config: LoadConfig, plan: LoadPlan) -> lis
     """Return what a load would take, in words."""
     found, context = plan.estimate, memory.complete(config, model.max_context_length).context_length
     lines = [
-        f"Model: {model.key}, context {context}, {config.parallel} answers at once",
+        f"Model: {model.key}",
+        f"Context: {context} tokens, {config.parallel} answers at once",
+        f"Estimated GPU Memory:   {size(found.gpu_bytes) if has_gpu_build() else f'none, {plan.node.name} has no GPU that llama.cpp can use'}",
         f"Estimated Total Memory: {size(found.needed_bytes)}",
     ]
     parts = {"weights": found.weights_bytes, "repacked for the CPU": found.repacked_bytes}
     parts |= {"keys and values": found.kv_bytes, "computing": found.compute_bytes}
+    if found.draft_bytes:
+        parts["draft model"] = found.draft_bytes
     lines.append("  " + ", ".join(f"{name} {size(count)}" for name, count in parts.items()))
     if found.measured_bytes:
         lines.append(f"  It took {size(found.measured_bytes)} when it was loaded like this.")

@@ -6,7 +6,7 @@ Rows first, then the message to the node; how the node goes on is in ``workers.r
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
@@ -20,7 +20,7 @@ from lmweb.access import Action, Principal, require
 from lmweb.errors import Conflict, InvalidRequest, ServiceUnavailable
 from models_app import naming
 from models_app.defaults import check_config, load_config, set_load_defaults
-from models_app.drafts import check_draft
+from models_app.drafts import check_draft, draft_file
 from models_app.memory import estimate_model
 from models_app.models import Generation, InstalledModel, ModelInstance
 from workers import dispatch
@@ -70,19 +70,26 @@ def plan_load(*, principal: Principal | None, model: InstalledModel, config: Loa
     config = check_config(model, config)
     weights = model.base or model
     node = _node_for(weights)
-    found = estimate_model(weights, config)
+    found = _estimate(weights, config)
     instances = list(node.instances.select_related("model").exclude(status=S.FAILED))
     free, total = _free_memory(node, instances)
     level = Guardrail(settings.MODEL_LOADING_GUARDRAILS)
     unlimited = level is Guardrail.OFF and not settings.MODEL_MEMORY_BYTES
     available = max(0, free - reserve(level, total))
-    if config.gpu_layers != 0 and has_gpu_build():
+    if found.gpu_bytes:
         return LoadPlan(node, found, free, available, "unknown", [])
     missing = found.needed_bytes - available
     if unlimited or missing <= 0:
         return LoadPlan(node, found, free, available, "fits", [])
     leavers = _leavers(instances, missing)
     return LoadPlan(node, found, free, available, "swap" if leavers else "too_large", leavers)
+
+
+def _estimate(weights: InstalledModel, config: LoadConfig) -> MemoryEstimate:
+    """Return what a load takes, with its draft model."""
+    found = estimate_model(weights, config, on_gpu=has_gpu_build())
+    draft = draft_file(config.draft_model)
+    return replace(found, draft_bytes=draft.needed_bytes) if draft else found
 
 
 def _node_for(model: InstalledModel) -> WorkerNode:

@@ -19,12 +19,12 @@ from workers.schemas import LoadConfig
 REPACKED_TYPES = frozenset({"Q4_0", "Q4_K", "IQ4_NL"})
 
 
-def estimate_model(model: InstalledModel, config: LoadConfig) -> MemoryEstimate:
-    """Return what loading takes. Raises ``InvalidModelFile`` if the file is gone or broken."""
+def estimate_model(model: InstalledModel, config: LoadConfig, *, on_gpu: bool = False) -> MemoryEstimate:
+    """Return what loading takes, on a machine with a GPU or without. Raises ``InvalidModelFile`` if the file is gone or broken."""
     shape = read_shape(model.file)
     config = complete(config, shape.trained_context)
     found = MemoryMeasurement.objects.filter(model=model, **_what_matters(config)).first()
-    return estimate(shape, config, measured_bytes=found.memory_bytes if found else None)
+    return estimate(shape, config, measured_bytes=found.memory_bytes if found else None, on_gpu=on_gpu)
 
 
 def note_measurement(model_id: int, config: LoadConfig, memory_bytes: int) -> None:

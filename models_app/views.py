@@ -24,6 +24,7 @@ from lmweb.models import User
 from models_app import loading, placement, scan, services, uploads, virtual
 from models_app.forms import LoadForm
 from models_app.models import InstalledModel, ModelInstance
+from workers.memory import has_gpu_build
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -229,7 +230,11 @@ def estimate(request: HttpRequest, model_id: int) -> HttpResponse:
         else:
             used = plan.node.total_memory_bytes - plan.free_bytes
             parts = {"used": used, "needed": min(plan.estimate.needed_bytes, plan.free_bytes)}
-            context = {"plan": plan, "shares": {name: 100 * part / max(1, plan.node.total_memory_bytes) for name, part in parts.items()}}
+            context = {
+                "plan": plan,
+                "has_gpu": has_gpu_build(),
+                "shares": {name: 100 * part / max(1, plan.node.total_memory_bytes) for name, part in parts.items()},
+            }
     return render(
         request, "models_app/estimate.html", {**context, "make_room": "make_room" in request.POST or "was_asked" not in request.POST}
     )

@@ -64,9 +64,10 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of host memory. ``measured_bytes`` is what an earlier load of this configuration really took, if there was one.
+    """Bytes of memory, of the host and of GPUs together.
 
-    ``draft_bytes`` is what the draft model takes, if there is one.
+    ``measured_bytes`` is what an earlier load of this configuration really took, if there was one; ``draft_bytes`` is what the draft
+    model takes, if there is one; ``gpu_bytes`` is about how much of all this lies on GPUs.
     """
 
     weights_bytes: int
@@ -75,6 +76,7 @@ class MemoryEstimate:
     compute_bytes: int
     measured_bytes: int | None = None
     draft_bytes: int = 0
+    gpu_bytes: int = 0
 
     @property
     def needed_bytes(self) -> int:
@@ -100,8 +102,12 @@ def logits_rows(config: LoadConfig) -> int:
     return max(config.parallel, GUESS_ROWS)
 
 
-def estimate(shape: ModelShape, config: LoadConfig, *, measured_bytes: int | None = None) -> MemoryEstimate:
-    """Return what a load takes. ``config.context_length`` None is the model's own."""
+def estimate(shape: ModelShape, config: LoadConfig, *, measured_bytes: int | None = None, on_gpu: bool = False) -> MemoryEstimate:
+    """Return what a load takes. ``config.context_length`` None is the model's own; ``on_gpu`` says that there is a GPU to put layers on.
+
+    What was measured is the memory of the process alone, which says little about a load that lies on a GPU.
+    """
+    share = gpu_share(shape, config) if on_gpu else 0.0
     if shape.is_embedding:
         cells, batch, outputs = 0, EMBEDDING_BATCH_TOKENS, EMBEDDING_BATCH_TOKENS
     else:
@@ -109,13 +115,23 @@ def estimate(shape: ModelShape, config: LoadConfig, *, measured_bytes: int | Non
         cell_bytes = kv_bytes_per_token(shape.layers, shape.width, shape.heads, shape.heads_kv)
         cells = kv_cells(context, config.parallel, cell_bytes)
         batch, outputs = max(config.eval_batch_size, config.parallel), logits_rows(config)
+    kv = int(cells * shape.token_kv_bytes * (KV_FACTORS[config.k_cache_type] + KV_FACTORS[config.v_cache_type]) / 2)
+    compute = 4 * (batch * COMPUTE_WIDTHS * shape.width + batch * cells + outputs * shape.vocab_size)
+    on_gpu_bytes = shape.file_bytes + (kv if config.offload_kv_cache_to_gpu else 0)
     return MemoryEstimate(
         weights_bytes=shape.file_bytes,
-        repacked_bytes=shape.repacked_bytes,
-        kv_bytes=int(cells * shape.token_kv_bytes * (KV_FACTORS[config.k_cache_type] + KV_FACTORS[config.v_cache_type]) / 2),
-        compute_bytes=4 * (batch * COMPUTE_WIDTHS * shape.width + batch * cells + outputs * shape.vocab_size),
-        measured_bytes=measured_bytes,
+        repacked_bytes=int(shape.repacked_bytes * (1 - share)),
+        kv_bytes=kv,
+        compute_bytes=compute,
+        measured_bytes=None if share else measured_bytes,
+        gpu_bytes=int(share * on_gpu_bytes) + (compute if share else 0),
     )
+
+
+def gpu_share(shape: ModelShape, config: LoadConfig) -> float:
+    """Return which part of a model a load puts on the GPU, from 0 to 1. The output layer counts as one more layer, as in llama.cpp."""
+    layers = shape.layers + 1
+    return 1.0 if config.gpu_layers < 0 else min(config.gpu_layers, layers) / layers
 
 
 def reserve(level: Guardrail, total_bytes: int) -> int:

@@ -31,7 +31,10 @@ class DownloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DownloadJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How far a download is. Sizes are in bytes, times in ISO 8601; which fields are there depends on ``status``."""
+    """How far a download is. Sizes are in bytes, times in ISO 8601; which fields are there depends on ``status``.
+
+    ``error`` is ours: why a download failed, or why an admin declined it.
+    """
 
     status: Literal["downloading", "paused", "completed", "failed", "already_downloaded"]
     job_id: str | UnsetType = UNSET
@@ -41,3 +44,4 @@ class DownloadJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     estimated_completion: str | UnsetType = UNSET
     started_at: str | UnsetType = UNSET
     completed_at: str | UnsetType = UNSET
+    error: ErrorBody | UnsetType = UNSET

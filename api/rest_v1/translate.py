@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, Literal
 
 from django.utils import timezone
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from api.rest_v1.schemas import DownloadJob, ErrorBody, ErrorResponse
 from lmweb.errors import LmwebError
@@ -49,7 +49,16 @@ def download_job(download: Download) -> DownloadJob:
         estimated_completion=_iso(timezone.now() + timedelta(seconds=left)) if moves and left is not None else UNSET,
         started_at=_iso(download.started_at or download.created_at),
         completed_at=_iso(download.finished_at) if status == "completed" and download.finished_at else UNSET,
+        error=_download_error(download),
     )
+
+
+def _download_error(download: Download) -> ErrorBody | UnsetType:
+    if download.status == Download.Status.FAILED:
+        return ErrorBody(type="download_failed", message=download.error_message, code=download.error_code)
+    if download.status == Download.Status.DECLINED:
+        return ErrorBody(type="request_declined", message=download.reason, code="request_declined")
+    return UNSET
 
 
 def _iso(moment: datetime) -> str:

@@ -61,16 +61,74 @@ async def test_download_and_status(repo: Repo, hub: Hub, admin: User) -> None:
     assert (await call("POST", "/api/v1/models/download", headers=headers, json_body=body)).json() == {"status": "already_downloaded"}
 
 
-async def test_refusals(repo: Repo, admin: User, owner: User) -> None:
+def move(job_id: str, act: str, *people: User, **fields: Any) -> None:
+    """Change a download as the page and the worker do."""
+    from lmweb.access import Principal
+    from models_app import downloads
+    from models_app.models import Download
+
+    download = Download.objects.get(pk=job_id)
+    if act:
+        getattr(downloads, act)(principal=Principal(people[0]), download=download, **fields)
+    else:
+        Download.objects.filter(pk=job_id).update(**fields)
+
+
+async def test_pause_resume_retry_cancel(repo: Repo, admin: User) -> None:
+    from asgiref.sync import sync_to_async
+
+    from tests.api.client import call
+
+    headers = await sync_to_async(token)(admin, "models:manage")
+    job = (await call("POST", "/api/v1/models/download", headers=headers, json_body={"model": repo.name})).json()["job_id"]
+
+    async def act(name: str) -> Any:
+        return await call("POST", f"/api/v1/models/download/{job}/{name}", headers=headers)
+
+    paused = await act("pause")
+    assert (paused.status, paused.json()["status"]) == (200, "paused")
+    assert "bytes_per_second" not in paused.json()
+    again = await act("pause")
+    assert (again.status, again.error()["code"]) == (409, "conflict")
+    assert (await act("resume")).json()["status"] == "downloading"
+    await sync_to_async(move)(job, "", status="failed", error_code="outbound_failed", error_message="The Hub is away.")
+    failed = (await call("GET", f"/api/v1/models/download/status/{job}", headers=headers)).json()
+    assert failed["error"] == {"type": "download_failed", "message": "The Hub is away.", "code": "outbound_failed", "param": None}
+    assert "error" not in (await act("resume")).json()
+    assert (await act("cancel")).json()["status"] == "failed"
+    assert (await act("resume")).status == 409
+    assert (await call("POST", "/api/v1/models/download/job_none/pause", headers=headers)).status == 404
+
+
+async def test_members_ask_and_an_admin_decides(repo: Repo, admin: User, owner: User, teammate: User) -> None:
+    from asgiref.sync import sync_to_async
+
+    from tests.api.client import call
+
+    member = await sync_to_async(token)(owner, "models:manage")
+    other = await sync_to_async(token)(teammate, "models:manage")
+    asked = (await call("POST", "/api/v1/models/download", headers=member, json_body={"model": repo.name})).json()
+    job = asked["job_id"]
+    assert asked["status"] == "paused"
+    assert (await call("POST", f"/api/v1/models/download/{job}/resume", headers=member)).status == 403
+    assert (await call("POST", f"/api/v1/models/download/{job}/cancel", headers=other)).status == 404
+    await sync_to_async(move)(job, "decline", admin, reason="Too large for us.")
+    declined = (await call("GET", f"/api/v1/models/download/status/{job}", headers=member)).json()
+    assert (declined["status"], declined["error"]["message"]) == ("failed", "Too large for us.")
+    again = (await call("POST", "/api/v1/models/download", headers=member, json_body={"model": repo.name})).json()["job_id"]
+    assert (await call("POST", f"/api/v1/models/download/{again}/cancel", headers=member)).json()["status"] == "failed"
+
+
+async def test_refusals(repo: Repo, admin: User, stranger: User) -> None:
     from asgiref.sync import sync_to_async
 
     from tests.api.client import call
 
     boss = await sync_to_async(token)(admin, "models:manage")
-    member = await sync_to_async(token)(owner, "models:manage")
     reader = await sync_to_async(token)(admin)
     body = {"model": repo.name}
-    for headers in (member, reader):
+    viewer = await sync_to_async(token)(stranger, "models:manage")
+    for headers in (viewer, reader):
         assert (await call("POST", "/api/v1/models/download", headers=headers, json_body=body)).status == 403
     for wrong in ({}, {"model": 5}, {"model": "x"}, {"model": repo.name, "quantization": "Q3"}, {"model": repo.name, "odd": 1}, []):
         answer = await call("POST", "/api/v1/models/download", headers=boss, json_body=wrong)

@@ -95,6 +95,31 @@ async def test_load_echo_list_and_unload(worker: Bench, micro: InstalledModel, m
     assert [runner.identifier for runner in worker.host.runners.by_id.values()] == ["acme/micro"]
 
 
+async def test_what_is_left_out_takes_the_model_s_defaults(worker: Bench, micro: InstalledModel, manager: str) -> None:
+    """Parameters of a request win over the defaults that an admin set; what neither says is not in the echo."""
+    from models_app.models import InstalledModel as Row
+
+    defaults = {"context_length": 256, "eval_batch_size": 128, "parallel": 2}
+    await run_db(lambda: Row.objects.filter(pk=micro.pk).update(load_defaults=defaults))
+    body = {"model": "micro-of-mine", "offload_kv_cache_to_gpu": False, "context_length": 300, "echo_load_config": True}
+    assert (await call("POST", LOAD, token=manager, json_body=body)).status == 404
+    loaded = await call("POST", LOAD, token=manager, json_body={**body, "model": "ACME/Micro"})
+    config = {"context_length": 300, "eval_batch_size": 128, "offload_kv_cache_to_gpu": False}
+    assert (loaded.status, loaded.json()["load_config"]) == (200, config), loaded.body
+
+
+async def test_an_embedding_model(worker: Bench, manager: str, tmp_path: Path) -> None:
+    from tests.micro_models import make_micro_bert
+
+    await run_db(lambda: worker.install(make_micro_bert(tmp_path / "b.gguf"), "acme/bert", type="embedding", max_context_length=512))
+    loaded = (await call("POST", LOAD, token=manager, json_body={"model": "acme/bert", "echo_load_config": True})).json()
+    assert (loaded["type"], loaded["instance_id"], loaded["load_config"]["context_length"]) == ("embedding", "acme/bert", 512)
+    listed = (await call("GET", "/api/v1/models", token=manager)).json()["models"][0]
+    assert (listed["type"], listed["quantization"], listed["params_string"]) == ("embedding", None, None)
+    assert "capabilities" not in listed
+    assert [instance["id"] for instance in listed["loaded_instances"]] == ["acme/bert"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [
@@ -106,6 +131,9 @@ async def test_load_echo_list_and_unload(worker: Bench, micro: InstalledModel, m
         (LOAD, {"model": "acme/micro", "context_length": 10**9}, 400, "context_length"),
         (LOAD, {"model": "acme/micro", "eval_batch_size": -1}, 400, "eval_batch_size"),
         (LOAD, {"model": "acme/micro", "num_experts": 0}, 400, "num_experts"),
+        (LOAD, {"model": "acme/micro", "flash_attention": "yes"}, 400, "flash_attention"),
+        (LOAD, {"model": "acme/micro", "offload_kv_cache_to_gpu": 1}, 400, "offload_kv_cache_to_gpu"),
+        (LOAD, {"model": "acme/micro", "echo_load_config": None}, 400, "echo_load_config"),
         (LOAD, {"model": "acme/micro", "colour": "blue"}, 400, "colour"),
         (UNLOAD, {"instance_id": "nobody"}, 404, "instance_id"),
         (UNLOAD, {"instance_id": "a\x00"}, 404, "instance_id"),

@@ -134,6 +134,24 @@ def test_ls(micro: Path) -> None:
     assert json.loads(run("ls", "--json"))[0]["path"] == "team/model/Micro-Test-F32.gguf"
 
 
+def test_ls_of_several_quantizations(tmp_path: Path, node: WorkerNode) -> None:
+    for quantization in ("f32", "q8_0"):
+        run("import_model", str(make_micro(tmp_path / f"m-{quantization}.gguf", quantization=quantization)), "--user-repo", "team/Model")
+    run("import_model", str(make_micro(tmp_path / "other.gguf")), "--user-repo", "team/model2")
+    assert [line.split()[0] for line in run("ls").splitlines()] == ["MODEL", "team/model", "team/model2", "team/model@q8_0", "3"]
+    assert [line.split()[0] for line in run("ls", "--variants").splitlines()] == ["MODEL", "team/model", "team/model@q8_0", "2"]
+    assert "team/model2" not in run("ls", "model@q8_0")
+    several = json.loads(run("ls", "--json", "--variants"))
+    assert [entry["selectedVariant"] for entry in several] == several[0]["variants"] == ["team/model", "team/model@q8_0"]
+    assert several[0]["quantization"] == {"name": "F32", "bits": 32.0}
+    ModelInstance.objects.create(identifier="mine", model=InstalledModel.objects.get(key="team/model2"), node=node, status="ready")
+    [single] = json.loads(run("ls", "team/model2/other.gguf", "--json"))
+    assert (single["modelKey"], single["loadedInstances"]) == ("team/model2", ["mine"])
+    assert "variants" not in single
+    assert run("ls", "--embedding").startswith("No models.")
+    assert json.loads(run("ls", "--embedding", "--json")) == []
+
+
 def test_load_ps_unload(micro: Path, worker: Callable[..., None]) -> None:
     run("import_model", str(micro), "--user-repo", "team/model")
     worker(ready)
@@ -169,15 +187,21 @@ def test_options_of_load_are_remembered_only_when_asked(micro: Path, worker: Cal
     assert ModelInstance.objects.get(identifier="six").config == {"parallel": 5, "cpu_threads": 1, "context_length": 512}
 
 
-def test_estimates_load_nothing(micro: Path, node: WorkerNode) -> None:
+def test_estimates_load_nothing(micro: Path, node: WorkerNode, tmp_path: Path) -> None:
     WorkerNode.objects.update(free_memory_bytes=8_000_000_000, total_memory_bytes=10_000_000_000)
     run("import_model", str(micro), "--user-repo", "team/model")
     said = run("load", "model", "--estimate-only", "--context-length", "512")
-    assert "Estimated Total Memory: " in said
+    lines = said.splitlines()
+    assert (lines[0], lines[1]) == ("Model: team/model", "Context: 512 tokens, 16 answers at once")
+    assert lines[2].startswith("Estimated GPU Memory:   ") == lines[3].startswith("Estimated Total Memory: ") is True
     assert "may be loaded" in said
     assert run("estimate", "model", "--context-length", "512") == said
     facts = json.loads(run("load", "model", "--estimate-only", "--json"))
     assert (facts["verdict"], facts["availableBytes"], facts["wouldUnload"]) == ("fits", 7_500_000_000, [])
+    draft = make_micro(tmp_path / "draft.gguf", layers=1)
+    run("import_model", str(draft), "--user-repo", "team/draft")
+    guessed = json.loads(run("estimate", "team/model", "--draft-model", "team/draft", "--json"))
+    assert guessed["neededBytes"] == facts["neededBytes"] + guessed["draftBytes"] > facts["neededBytes"]
     assert not ModelInstance.objects.exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from tests.micro_models import make_micro, make_micro_bert
@@ -45,6 +46,22 @@ def test_parts_follow_the_file_and_the_configuration() -> None:
     assert beyond.kv_bytes == 131_072 * 131_072, "a load never has more context than the model"
     measured = estimate(SEVEN_B, LoadConfig(context_length=8192, parallel=4), measured_bytes=5_000 * MIB)
     assert measured.needed_bytes == 5_000 * MIB + small.compute_bytes
+
+
+def test_what_lies_on_a_gpu() -> None:
+    """Whole models lie there in full, parts in proportion, and only what stays on the processor is copied into its order."""
+    config = LoadConfig(context_length=8192, parallel=4)
+    host, full = estimate(SEVEN_B, config), estimate(SEVEN_B, config, on_gpu=True)
+    assert (host.gpu_bytes, full.repacked_bytes) == (0, 0)
+    assert full.gpu_bytes == full.weights_bytes + full.kv_bytes + full.compute_bytes
+    assert full.needed_bytes == host.needed_bytes - host.repacked_bytes
+    some = estimate(SEVEN_B, msgspec.structs.replace(config, gpu_layers=11), on_gpu=True)
+    assert some.gpu_bytes - some.compute_bytes == (full.weights_bytes + full.kv_bytes) // 3
+    assert some.repacked_bytes == host.repacked_bytes * 2 // 3
+    apart = estimate(SEVEN_B, msgspec.structs.replace(config, offload_kv_cache_to_gpu=False), on_gpu=True)
+    assert full.gpu_bytes - apart.gpu_bytes == full.kv_bytes
+    assert estimate(SEVEN_B, msgspec.structs.replace(config, gpu_layers=0), on_gpu=True) == host
+    assert estimate(SEVEN_B, config, measured_bytes=1, on_gpu=True) == full
 
 
 @pytest.mark.parametrize(("context", "parallel"), [(256, 1), (2048, 4), (2048, 64)])
