@@ -13,6 +13,7 @@ from django.utils.html import escape
 
 from lmweb.errors import LmwebError
 from models_app.defaults import MAX_SYSTEM_PROMPT, InferenceDefaults, load_config
+from models_app.loading import loading_nodes
 from models_app.models import InstalledModel
 from workers.schemas import KvCacheType, LoadConfig, SamplingParams
 
@@ -125,6 +126,18 @@ class LoadForm(ConfigForm):
     def __init__(self, model: InstalledModel, data: QueryDict | None = None) -> None:
         super().__init__(model, data)
         self.fields["identifier"].widget.attrs["placeholder"] = model.key
+        names = loading_nodes()
+        if len(names) > 1:
+            self.fields["node"] = forms.ChoiceField(
+                label="Worker",
+                choices=[("", "The one that suits it best"), *((name, name) for name in names)],
+                required=False,
+                help_text="In memory on several workers it answers more people at once, under the same name.",
+            )
+
+    def chosen_node(self) -> str | None:
+        """Return the worker that was chosen; None: the one that suits it best."""
+        return self.cleaned_data.get("node") or None
 
 
 class InferenceForm(forms.Form):

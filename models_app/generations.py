@@ -25,6 +25,7 @@ from lmweb.access import Action, Principal, require
 from lmweb.db import insert, run_db
 from lmweb.errors import InvalidRequest, ModelNotFound, NotFound, TooManyRequests
 from lmweb.models import User
+from models_app import routing
 from models_app.defaults import with_defaults
 from models_app.drafts import check_draft
 from models_app.models import Generation, InstalledModel, InstalledModelQuerySet
@@ -40,7 +41,7 @@ DISPATCH_SECONDS = 5
 def resolve_model(principal: Principal, name: str) -> InstalledModel:
     """Return the visible model of this key (any case) or loaded-instance identifier. Raises ``ModelNotFound``."""
     visible = InstalledModel.objects.visible_to(principal).only(
-        "key", "publisher", "type", "created_at", "inference_defaults", "custom_fields", "base"
+        "key", "publisher", "type", "format", "created_at", "inference_defaults", "custom_fields", "base"
     )
     if "\x00" not in name:
         found = InstalledModelQuerySet.named(principal, name) or visible.filter(instances__identifier=name).first()
@@ -66,7 +67,7 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
         raise InvalidRequest(f"{model.key} is an embedding model: it turns texts into vectors and cannot chat.", param="model")
     if isinstance(request, GenerationRequest) and request.draft_model:
         request = msgspec.structs.replace(request, draft_model=check_draft(principal, model, request.draft_model).key)
-    node = dispatch.choose_node(model.base_id or model.pk)
+    node = routing.route(model, request, owner=principal.user.pk).node
     with _model_still_there(request.model):
         generation = Generation(
             id=generation_id or uuid.uuid4(),
@@ -76,7 +77,7 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
             model=model,
             model_key=model.key,
             request=request_to_builtins(with_defaults(request, model)),
-            node=node.name if node else "",
+            node=node,
             lease_until=timezone.now() + timedelta(seconds=DISPATCH_SECONDS) if node else None,
         )
         insert(generation)

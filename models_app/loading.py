@@ -6,6 +6,7 @@ Rows first, then the message to the node; how the node goes on is in ``workers.r
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,14 +19,15 @@ from django.utils import timezone
 
 from lmweb.access import Action, Principal, require
 from lmweb.errors import Conflict, InvalidRequest, ServiceUnavailable
-from models_app import naming
+from models_app import naming, routing
 from models_app.defaults import check_config, load_config, set_load_defaults
 from models_app.drafts import check_draft, draft_file
 from models_app.memory import estimate_model
 from models_app.models import Generation, InstalledModel, ModelInstance
-from workers import dispatch
+from workers import dispatch, router
 from workers.memory import Guardrail, MemoryEstimate, Resident, choose_leavers, has_gpu_build, reserve
 from workers.models import WorkerNode
+from workers.router import Node, Refuse, Wanted
 from workers.schemas import LoadConfig
 
 logger = logging.getLogger(__name__)
@@ -59,30 +61,30 @@ class LoadPlan:
     leavers: list[Leaver]
 
 
-def plan_load(*, principal: Principal | None, model: InstalledModel, config: LoadConfig) -> LoadPlan:
+def plan_load(*, principal: Principal | None, model: InstalledModel, config: LoadConfig, node: str | None = None) -> LoadPlan:
     """Return what loading would take, against the memory that is free now, and who would have to leave for it.
 
-    Raises ``PermissionDenied``, ``InvalidRequest``, ``InvalidModelFile`` for a file that is gone or broken, and
-    ``ServiceUnavailable`` when no worker runs.
+    ``node`` None takes the one that suits it best. Raises ``PermissionDenied``, ``InvalidRequest``, ``InvalidModelFile`` for a file
+    that is gone or broken, ``Conflict`` for a node that loads nothing, and ``ServiceUnavailable`` when none does.
     """
     if principal:
         require(principal, Action.LOAD_MODELS)
     config = check_config(model, config)
-    weights = model.base or model
-    node = _node_for(weights)
-    found = _estimate(weights, config)
-    instances = list(node.instances.select_related("model").exclude(status=S.FAILED))
-    free, total = _free_memory(node, instances)
+    found = _estimate(model.base or model, config)
+    row = _node_for(model, found.needed_bytes, node)
+    instances = list(row.instances.select_related("model").exclude(status=S.FAILED))
+    held = sum(instance.memory_bytes or 0 for instance in instances)
+    free, total = routing.within_limit(row.free_memory_bytes, row.total_memory_bytes, held)
     level = Guardrail(settings.MODEL_LOADING_GUARDRAILS)
     unlimited = level is Guardrail.OFF and not settings.MODEL_MEMORY_BYTES
     available = max(0, free - reserve(level, total))
     if found.gpu_bytes:
-        return LoadPlan(node, found, free, available, "unknown", [])
+        return LoadPlan(row, found, free, available, "unknown", [])
     missing = found.needed_bytes - available
     if unlimited or missing <= 0:
-        return LoadPlan(node, found, free, available, "fits", [])
+        return LoadPlan(row, found, free, available, "fits", [])
     leavers = _leavers(instances, missing)
-    return LoadPlan(node, found, free, available, "swap" if leavers else "too_large", leavers)
+    return LoadPlan(row, found, free, available, "swap" if leavers else "too_large", leavers)
 
 
 def _estimate(weights: InstalledModel, config: LoadConfig) -> MemoryEstimate:
@@ -92,45 +94,58 @@ def _estimate(weights: InstalledModel, config: LoadConfig) -> MemoryEstimate:
     return replace(found, draft_bytes=draft.needed_bytes) if draft else found
 
 
-def _node_for(model: InstalledModel) -> WorkerNode:
-    node = dispatch.choose_node(model.pk)
-    if node is None:
-        raise ServiceUnavailable("No worker is running that could load a model. Look at the server's terminal or log.")
-    return WorkerNode.objects.get(pk=node.pk)  # as it is now: the choice is remembered for a second
+def _node_for(model: InstalledModel, needed_bytes: int, name: str | None) -> WorkerNode:
+    """Return the node of this name, or else the one that suits a load best; see ``plan_load`` for the errors."""
+    nodes = routing.look()
+    if name is not None:
+        _check_node(nodes, name)
+        return WorkerNode.objects.get(pk=name)
+    wanted = Wanted(model=model.base_id or model.pk, name=model.key, format=model.format)
+    chosen = router.load_further(list(nodes.values()), wanted, needed_bytes)
+    if isinstance(chosen, Refuse) and not chosen.node:
+        raise ServiceUnavailable(chosen.reason)
+    return WorkerNode.objects.get(pk=chosen.node)
 
 
-def _free_memory(node: WorkerNode, instances: list[ModelInstance]) -> tuple[int, int]:
-    """Return the free and all memory for models on a node, in bytes, as its last heartbeat says."""
-    free, total = node.free_memory_bytes, node.total_memory_bytes
-    if settings.MODEL_MEMORY_BYTES:
-        free = min(free, settings.MODEL_MEMORY_BYTES - sum(instance.memory_bytes or 0 for instance in instances))
-        total = min(total, settings.MODEL_MEMORY_BYTES)
-    return free, total
+def _check_node(nodes: Mapping[str, Node], name: str) -> None:
+    """Raise ``Conflict`` unless a person can have something loaded on the node of this name."""
+    loading = sorted(node.name for node in nodes.values() if node.may_load)
+    if name in loading:
+        return
+    others = f" These do: {', '.join(loading)}." if loading else ""
+    if name in nodes:
+        raise Conflict(f"The worker '{name}' is being taken out of service and loads nothing new.{others}", param="node")
+    raise Conflict(f"No worker of the name '{name[:100]}' is running.{others}", param="node")
+
+
+def loading_nodes() -> list[str]:
+    """Return the names of the nodes that load models at present."""
+    return sorted(node.name for node in routing.look().values() if node.may_load)
 
 
 def _leavers(instances: list[ModelInstance], missing_bytes: int) -> list[Leaver]:
     """Return whom to unload for so many bytes; nobody if that would not do. What is pinned or not ready stays."""
     movable = {instance.pk: instance for instance in instances if instance.status == S.READY and not instance.pinned}
-    work = work_of({instance.model_id for instance in movable.values()})
+    work = work_of(movable.values())
     now = timezone.now()
     residents = [
-        Resident(pk, instance.memory_bytes or 0, any(work[instance.model_id]), (now - instance.last_used_at).total_seconds())
+        Resident(pk, instance.memory_bytes or 0, any(work[pk]), (now - instance.last_used_at).total_seconds())
         for pk, instance in movable.items()
     ]
     chosen = choose_leavers(missing_bytes, residents) or []
-    return [Leaver(movable[each.id], each.memory_bytes, *work[movable[each.id].model_id]) for each in chosen]
+    return [Leaver(movable[each.id], each.memory_bytes, *work[each.id]) for each in chosen]
 
 
-def work_of(model_ids: set[int]) -> dict[int, tuple[int, int]]:
-    """Return how many requests each model answers, and how many wait for it."""
-    work = dict.fromkeys(model_ids, (0, 0))
+def work_of(instances: Iterable[ModelInstance]) -> dict[int, tuple[int, int]]:
+    """Return how many requests run on each instance, and how many wait for it; those of one model on one node share them."""
+    instances = list(instances)
     weights = Coalesce("model__base", "model")
-    counts = Generation.objects.unfinished().annotate(weights=weights).filter(weights__in=model_ids).values("weights")
-    for entry in counts.annotate(
-        running=Count("pk", filter=Q(status=Generation.Status.RUNNING)), queued=Count("pk", filter=Q(status=Generation.Status.QUEUED))
-    ):
-        work[entry["weights"]] = (entry["running"], entry["queued"])
-    return work
+    counts = Generation.objects.unfinished().annotate(weights=weights).filter(weights__in={i.model_id for i in instances})
+    running = Count("pk", filter=Q(status=Generation.Status.RUNNING))
+    queued = Count("pk", filter=Q(status=Generation.Status.QUEUED))
+    counted = counts.values_list("weights", "node").annotate(running=running, queued=queued)
+    work = {(model_id, node): (running, queued) for model_id, node, running, queued in counted}
+    return {instance.pk: work.get((instance.model_id, instance.node_id), (0, 0)) for instance in instances}
 
 
 def request_load(
@@ -142,22 +157,24 @@ def request_load(
     ttl_seconds: int | None = None,
     make_room: bool = False,
     remember: bool = False,
+    node: str | None = None,
 ) -> ModelInstance:
-    """Have a model loaded on the node that suits it best. Returns the row at once; its status tells how it goes on.
+    """Have a model loaded. On a further node it has the same name there, and requests spread over both. Returns the row at once; its status tells how it goes on.
 
     Args:
         principal: who asks; None for the administrator at the command line.
         model: what to load.
         config: how; None takes the model's defaults.
-        identifier: the name for requests; None takes the model's key, for a further instance with a number.
+        identifier: the name for requests; None takes the model's key, for a further instance on the same node with a number.
         ttl_seconds: it leaves memory after so long without use; None: never.
         make_room: have models unloaded for it, as ``plan_load`` shows, once they have finished their answers. If the load fails,
             they come back.
         remember: make ``config`` the model's default.
+        node: where; None takes the node that suits it best.
 
     Raises:
-        PermissionDenied, InvalidRequest, Conflict: for an identifier in use or a file that is missing.
-        ServiceUnavailable: no worker runs.
+        PermissionDenied, InvalidRequest, Conflict: for an identifier in use, a file that is missing, or a node that loads nothing.
+        ServiceUnavailable: no worker loads anything.
     """
     if principal:
         require(principal, Action.LOAD_MODELS)
@@ -171,15 +188,18 @@ def request_load(
     name = naming.check_identifier(identifier) if identifier else None
     if remember:
         set_load_defaults(principal=principal, model=model, config=config)
-    replaces = [leaver.instance.pk for leaver in plan_load(principal=principal, model=model, config=config).leavers] if make_room else []
     weights = model.base or model  # a virtual model shares those of its base
-    node = _node_for(weights)
+    if make_room:
+        plan = plan_load(principal=principal, model=model, config=config, node=node)
+        chosen, replaces = plan.node, [leaver.instance.pk for leaver in plan.leavers]
+    else:
+        chosen, replaces = _node_for(model, routing.needed_bytes(model, config), node), []
     try:
         with transaction.atomic():
             instance = ModelInstance.objects.create(
-                identifier=_take_identifier(name, model),
+                identifier=_take_identifier(name, model, chosen),
                 model=weights,
-                node=node,
+                node=chosen,
                 config=msgspec.to_builtins(config),
                 ttl_seconds=ttl_seconds,
                 replaces=replaces,
@@ -187,13 +207,18 @@ def request_load(
             transaction.on_commit(lambda: _send(dispatch.LOAD, instance))
     except IntegrityError:
         raise Conflict(f"'{name or model.key}' was loaded by somebody else at this moment. Try again.", param="identifier") from None
+    routing.forget()
     return instance
 
 
-def _take_identifier(name: str | None, model: InstalledModel) -> str:
-    """Return the name of a new instance. Raises ``Conflict`` if requests could not tell it from another; failed attempts make room."""
-    ModelInstance.objects.filter(identifier=name or model.key, status=S.FAILED).delete()
-    taken = dict(ModelInstance.objects.values_list("identifier", "status"))
+def _take_identifier(name: str | None, model: InstalledModel, node: WorkerNode) -> str:
+    """Return the name of a new instance: free on its node, and of no other model elsewhere; failed attempts make room.
+
+    Raises ``Conflict`` if requests could not tell it from another.
+    """
+    ModelInstance.objects.filter(identifier=name or model.key, status=S.FAILED, node=node).delete()
+    in_the_way = ModelInstance.objects.filter(Q(node=node) | ~Q(model=model.base_id or model.pk))
+    taken = dict(in_the_way.values_list("identifier", "status"))
     if name is None:
         return naming.free_identifier(model.key, set(taken))
     if name in taken:

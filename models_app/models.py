@@ -179,7 +179,9 @@ class MemoryMeasurement(models.Model):
         return f"{self.model_id} at {self.context_length} x {self.parallel}: {self.memory_bytes}"
 
 
-_REQUEST_FIELDS = field_names(InstalledModel, {"id", "key", "publisher", "type", "created_at", "inference_defaults"})
+_REQUEST_FIELDS = field_names(
+    InstalledModel, {"id", "key", "publisher", "type", "format", "created_at", "inference_defaults", "custom_fields", "base_id"}
+)
 _by_key = Lookup(lambda key: InstalledModel.objects.filter(key=key).values_list(*_REQUEST_FIELDS))
 
 

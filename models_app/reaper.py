@@ -8,10 +8,11 @@ from datetime import datetime, timedelta
 from django.db.models import F, Q
 from django.utils import timezone
 
+from models_app import routing
 from models_app.generations import DISPATCH_SECONDS
 from models_app.models import Generation, ModelInstance
-from workers import dispatch
 from workers.models import WorkerNode
+from workers.router import Refuse
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +51,16 @@ class Reaper:
     def _resend_queued(self, now: datetime) -> None:
         waiting = Generation.objects.filter(Q(lease_until=None) | Q(lease_until__lt=now), status=Generation.Status.QUEUED)
         alive = WorkerNode.objects.alive().exists()
-        for generation in waiting.order_by("created_at")[:500]:
-            node = dispatch.choose_node(generation.model_id) if alive and generation.model_id else None
-            if node is not None:
-                generation.node, generation.lease_until = node.name, now + timedelta(seconds=DISPATCH_SECONDS)
+        for generation in waiting.select_related("model__base").order_by("created_at")[:500]:
+            found = routing.reroute(generation.model, generation.request["model"]) if alive and generation.model else None
+            if found is not None and found.node:
+                generation.node, generation.lease_until = found.node, now + timedelta(seconds=DISPATCH_SECONDS)
                 generation.save(update_fields=["node", "lease_until"])
             elif generation.cancel_requested:
                 self._end(generation, Generation.Status.CANCELLED, "", "")
             elif generation.created_at < now - timedelta(seconds=PATIENCE_SECONDS):
-                self._end(generation, Generation.Status.FAILED, "service_unavailable", "No worker is running. Ask an admin to start one.")
+                reason = found.reason if isinstance(found, Refuse) else "No worker is running. Ask an admin to start one."
+                self._end(generation, Generation.Status.FAILED, "service_unavailable", reason)
 
     @staticmethod
     def _end(generation: Generation, status: str, code: str, message: str) -> None:

@@ -25,6 +25,7 @@ from models_app import loading, placement, scan, services, uploads, virtual
 from models_app.forms import LoadForm
 from models_app.models import InstalledModel, ModelInstance
 from workers.memory import has_gpu_build
+from workers.models import WorkerNode
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -151,6 +152,7 @@ def _list_html(request: HttpRequest) -> str:
         "may_delete": principal.may(Action.DELETE_MODELS),
         "may_pin": principal.may(Action.CHANGE_DEFAULTS),
         "may_import": principal.may(Action.IMPORT_MODELS),
+        "several_nodes": WorkerNode.objects.alive().count() > 1,
     }
     rows = render_to_string("models_app/rows.html", context, request)
     busy = any(i.status in {"loading", "unloading"} for model in models for i in model.instances.all())
@@ -200,6 +202,7 @@ def load_options(request: HttpRequest, model_id: int) -> HttpResponse:
                 ttl_seconds=typed["ttl_minutes"] * 60 if typed["ttl_minutes"] else None,
                 make_room=typed["make_room"],
                 remember=typed["remember"],
+                node=form.chosen_node(),
             )
         except LmwebError as error:
             form.fail(error)
@@ -224,7 +227,7 @@ def estimate(request: HttpRequest, model_id: int) -> HttpResponse:
     context: dict[str, Any] = {"problem": "Estimated once the options are complete."}
     if form.is_valid():
         try:
-            plan = loading.plan_load(principal=principal_of(request), model=model, config=form.config())
+            plan = loading.plan_load(principal=principal_of(request), model=model, config=form.config(), node=form.chosen_node())
         except LmwebError as error:
             context = {"problem": error.message}
         else:

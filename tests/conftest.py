@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator
@@ -106,6 +107,13 @@ def django_db_setup(django_db_setup: None) -> Iterator[None]:
 
     db._executor.shutdown()  # waits for whoever is still asking
     SyncToAsync.single_thread_executor.submit(connections.close_all).result()  # where async tests and async code use the ORM
+
+
+@pytest.fixture(autouse=True)
+def new_look_at_the_nodes() -> None:
+    """Let no test send requests to the nodes of the one before: what is known about them holds for a second."""
+    if routing := sys.modules.get("models_app.routing"):
+        routing.forget()
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,14 @@ class Guardrail(StrEnum):
     STRICT = "strict"
 
 
+class AutoEvict(StrEnum):
+    """When models that requests loaded leave for others that requests load."""
+
+    ON = "on"  # always: one at a time, as LM Studio does
+    NEEDED = "needed"  # only if memory is short
+    OFF = "off"  # never
+
+
 #: The part of all memory that has to stay free after a load, beside everything that is in use already.
 RESERVED = {Guardrail.RELAXED: 0.0, Guardrail.BALANCED: 0.05, Guardrail.STRICT: 0.15}
 
@@ -178,6 +186,18 @@ def choose_leavers(missing_bytes: int, residents: list[Resident]) -> list[Reside
         if sum(other.memory_bytes for other in chosen if other is not resident) >= missing_bytes:
             chosen.remove(resident)
     return chosen if sum(resident.memory_bytes for resident in chosen) >= missing_bytes else None
+
+
+def leavers_for_request(missing_bytes: int, residents: list[Resident], auto_evict: AutoEvict) -> list[Resident] | None:
+    """Return whom a load that a request needs displaces among what may leave for it; None if that does not free enough."""
+    if auto_evict is AutoEvict.OFF:
+        return [] if missing_bytes <= 0 else None
+    leaving = [resident for resident in residents if not resident.is_busy] if auto_evict is AutoEvict.ON else []
+    missing_bytes -= sum(resident.memory_bytes for resident in leaving)
+    if missing_bytes <= 0:
+        return leaving
+    rest = choose_leavers(missing_bytes, [resident for resident in residents if resident not in leaving])
+    return None if rest is None else leaving + rest
 
 
 def machine_memory() -> tuple[int, int]:

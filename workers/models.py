@@ -11,10 +11,10 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from lmweb.models import BearerToken
+from workers.router import DEAD_SECONDS
 from workers.store import NodeState
 
 HEARTBEAT_SECONDS = 2.0
-ALIVE_SECONDS = 8.0
 
 
 class WorkerNodeQuerySet(models.QuerySet["WorkerNode"]):
@@ -22,7 +22,7 @@ class WorkerNodeQuerySet(models.QuerySet["WorkerNode"]):
 
     def alive(self) -> WorkerNodeQuerySet:
         """Return the nodes whose heartbeat is recent, by the database's clock, which also dates the heartbeats."""
-        return self.filter(heartbeat_at__gt=Now() - timedelta(seconds=ALIVE_SECONDS))
+        return self.filter(heartbeat_at__gt=Now() - timedelta(seconds=DEAD_SECONDS))
 
 
 class WorkerNode(models.Model):

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +20,7 @@ from django.db import Error as DatabaseError
 
 from lmweb.errors import InvalidModelFile, LmwebError, ModelNotLoaded
 from workers.events import ErrorInfo
-from workers.memory import Guardrail, Resident, choose_leavers, has_gpu_build, machine_memory, refusal, reserve
+from workers.memory import AutoEvict, Guardrail, Resident, has_gpu_build, leavers_for_request, machine_memory, refusal, reserve
 from workers.protocol import RunnerMessage
 from workers.relay import Live
 from workers.runner_process import RunnerProcess
@@ -37,14 +36,6 @@ GRACE_SECONDS = 0.5
 TURN_PER_LOAD = 8.0
 #: Who waits longer than this is told what for.
 TELL_SECONDS = 0.3
-
-
-class AutoEvict(StrEnum):
-    """When models that requests loaded leave for others that requests load."""
-
-    ON = "on"  # always: one at a time, as LM Studio does
-    NEEDED = "needed"  # only if memory is short
-    OFF = "off"  # never
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,31 +335,17 @@ class Runners:
         pinned = self._store.pinned() if runners else set()
         others = [runner for runner in runners if runner.instance.id not in pinned]
         leaving = [runner for runner in others if runner.instance.id in instance.replaces]
-        candidates: list[RunnerProcess] = []
-        if wish.is_jit and self.policy.auto_evict is not AutoEvict.OFF:
-            candidates = [runner for runner in others if runner.is_jit]
-            if self.policy.auto_evict is AutoEvict.ON:
-                leaving += [runner for runner in candidates if not runner.is_busy]
+        movable = {r.instance.id: r for r in others if wish.is_jit and r.is_jit and r not in leaving}
         available = sys.maxsize if self.policy.is_unlimited else free - reserve(self.policy.guardrail, total)
         missing = needed_bytes - available - sum(runner.memory_bytes() for runner in leaving)
-        if missing > 0:
-            now = time.monotonic()
-            rest = {runner.instance.id: runner for runner in candidates if runner not in leaving}
-            chosen = choose_leavers(
-                missing, [Resident(pk, max(r.memory_bytes(), r.needed_bytes), r.is_busy, now - r.last_used_at) for pk, r in rest.items()]
-            )
-            if chosen is None:
-                held_by = {runner.identifier: runner.memory_bytes() for runner in runners}
-                raise refusal(
-                    instance.identifier,
-                    needed_bytes,
-                    level=self.policy.guardrail,
-                    free_bytes=free,
-                    total_bytes=total,
-                    held_by=held_by,
-                )
-            leaving += [rest[resident.id] for resident in chosen]
-        return leaving
+        now = time.monotonic()
+        residents = [Resident(pk, max(r.memory_bytes(), r.needed_bytes), r.is_busy, now - r.last_used_at) for pk, r in movable.items()]
+        chosen = leavers_for_request(missing, residents, self.policy.auto_evict)
+        if chosen is None:
+            held_by = {runner.identifier: runner.memory_bytes() for runner in runners}
+            level = self.policy.guardrail
+            raise refusal(instance.identifier, needed_bytes, level=level, free_bytes=free, total_bytes=total, held_by=held_by)
+        return leaving + [movable[resident.id] for resident in chosen]
 
     def _clear(self, wish: Wish, leaving: list[RunnerProcess]) -> set[int]:
         """Unload these for a wish if they may go, all at once; else return those that are to take nothing new until they may."""

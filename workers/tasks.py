@@ -24,8 +24,8 @@ from models_app.store import DjangoStore, relax_commits
 from workers.dispatch import CANCEL
 from workers.engines import registry
 from workers.host import Host
-from workers.memory import Guardrail
-from workers.runners import AutoEvict, Policy
+from workers.memory import AutoEvict, Guardrail
+from workers.runners import Policy
 from workers.store import Instance
 
 logger = logging.getLogger(__name__)

@@ -86,7 +86,7 @@ class Models(msgspec.Struct, frozen=True):
 
 
 class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What to load, and how; what is left out takes the model's defaults."""
+    """What to load, and how; what is left out takes the model's defaults. ``node`` is ours: on which worker."""
 
     model: str
     context_length: int | None = None
@@ -95,6 +95,7 @@ class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_experts: int | None = None
     offload_kv_cache_to_gpu: bool | None = None
     echo_load_config: bool = False
+    node: str | None = None
 
 
 class LoadResponse(msgspec.Struct, frozen=True):
@@ -148,9 +149,9 @@ async def load_model(request: HttpRequest) -> HttpResponse:
 async def unload_model(request: HttpRequest) -> HttpResponse:
     """Unload an instance, and answer when its memory is free."""
     body = decode(request, UnloadRequest)
-    key = await run_db(_begin_unload, principal_of(request), body.instance_id)
+    keys = await run_db(_begin_unload, principal_of(request), body.instance_id)
     deadline = asyncio.get_running_loop().time() + UNLOAD_WAIT_SECONDS
-    while await run_db(ModelInstance.objects.filter(pk=key).exists) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+    while await run_db(ModelInstance.objects.filter(pk__in=keys).exists) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(POLL_SECONDS)
     return json_response(UnloadResponse(body.instance_id))
 
@@ -165,7 +166,7 @@ def _begin_load(principal: Principal, body: LoadRequest) -> ModelInstance:
     require(principal, Action.LOAD_MODELS)
     model = InstalledModel.objects.get(pk=resolve_model(principal, body.model).pk)
     overrides = {name: getattr(body, name) for name in InstanceConfig.__struct_fields__}
-    return request_load(principal=principal, model=model, config=load_config(model, overrides))
+    return request_load(principal=principal, model=model, config=load_config(model, overrides), node=body.node)
 
 
 def _load_state(instance: ModelInstance) -> ModelInstance:
@@ -178,14 +179,16 @@ def _load_state(instance: ModelInstance) -> ModelInstance:
     return now
 
 
-def _begin_unload(principal: Principal, identifier: str) -> int:
+def _begin_unload(principal: Principal, identifier: str) -> list[int]:
+    """Unload everything of this name: one instance, or its replicas on several nodes. Returns the rows."""
     require(principal, Action.LOAD_MODELS)
     visible = ModelInstance.objects.filter(model__in=InstalledModel.objects.visible_to(principal))
-    instance = None if "\x00" in identifier else visible.filter(identifier=identifier).first()
-    if instance is None:
+    instances = [] if "\x00" in identifier else list(visible.filter(identifier=identifier))
+    if not instances:
         raise ModelNotFound(f"There is no loaded model '{identifier[:200]}'.", param="instance_id")
-    request_unload(principal=principal, instance=instance)
-    return instance.pk
+    for instance in instances:
+        request_unload(principal=principal, instance=instance)
+    return [instance.pk for instance in instances]
 
 
 def _model(model: InstalledModel) -> Model:

@@ -48,7 +48,6 @@ def worker(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
         return True
 
     monkeypatch.setattr(dispatch, "send", deliver)
-    dispatch._choices.clear()
     return bench
 
 

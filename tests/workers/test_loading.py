@@ -15,7 +15,8 @@ from tests.micro_models import make_micro
 from tests.models.hostile import VALID, engine_killers, mutants
 from tests.workers.support import Bench, make_host, wait_for
 from workers.events import QueueUpdate
-from workers.runners import AutoEvict, Policy
+from workers.memory import AutoEvict
+from workers.runners import Policy
 from workers.schemas import LoadConfig, SamplingParams
 
 if TYPE_CHECKING:

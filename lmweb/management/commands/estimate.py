@@ -21,13 +21,14 @@ class Command(ModelCommand):
         """Declare the arguments."""
         super().add_arguments(parser)
         parser.add_argument("model", help="the model's key, as ls shows it")
+        parser.add_argument("--node", metavar="NAME", help="on this worker; without, on the one that suits it best")
         add_config_arguments(parser)
 
     def handle(self, *_: Any, **options: Any) -> None:
         """Print the parts, the sum, and what follows from it."""
         model = find_model(options["model"])
         config = load_config(model, overrides(options, model))
-        plan = loading.plan_load(principal=None, model=model, config=config)
+        plan = loading.plan_load(principal=None, model=model, config=config, node=options["node"])
         if options["json"]:
             return self.print_json(plan_info(model, config, plan))
         return self.print_lines(plan_lines(model, config, plan))

@@ -31,6 +31,7 @@ class Command(ModelCommand):
         add_config_arguments(parser)
         parser.add_argument("--identifier", help="the name for requests; the model's key without it")
         parser.add_argument("--ttl", type=whole_number(1, 315_360_000), metavar="SECONDS", help="unload after so long without use")
+        parser.add_argument("--node", metavar="NAME", help="on this worker; without, on the one that suits it best")
         parser.add_argument("--estimate-only", action="store_true", help="say what it would take, and load nothing")
         parser.add_argument("--make-room", action="store_true", help="unload others if memory is short; they come back if the load fails")
         parser.add_argument("--remember", action="store_true", help="load the model like this from now on")
@@ -43,7 +44,7 @@ class Command(ModelCommand):
         model = find_model(name)
         config = load_config(model, overrides(options, model))
         if options["estimate_only"]:
-            plan = loading.plan_load(principal=None, model=model, config=config)
+            plan = loading.plan_load(principal=None, model=model, config=config, node=options["node"])
             return self.print_json(plan_info(model, config, plan)) if options["json"] else self.print_lines(plan_lines(model, config, plan))
         instance = loading.request_load(
             principal=None,
@@ -53,6 +54,7 @@ class Command(ModelCommand):
             ttl_seconds=options["ttl"],
             make_room=options["make_room"],
             remember=options["remember"],
+            node=options["node"],
         )
         try:
             ready = self._wait(instance)

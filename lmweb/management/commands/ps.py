@@ -19,16 +19,14 @@ class Command(ModelCommand):
     def handle(self, *_: Any, **options: Any) -> None:
         """Print one line per instance."""
         instances = list(ModelInstance.objects.select_related("model").order_by("identifier", "node_id"))
-        work = work_of({instance.model_id for instance in instances})
+        work = work_of(instances)
         if options["json"]:
-            counts = ({"generating": work[i.model_id][0], "queued": work[i.model_id][1]} for i in instances)
+            counts = ({"generating": work[i.pk][0], "queued": work[i.pk][1]} for i in instances)
             return self.print_json([instance_info(i) | count for i, count in zip(instances, counts, strict=True)])
         if not instances:
             self.stdout.write("No model is loaded. Load one with: python3 manage.py load MODEL")
             return None
-        self.print_table(
-            ["IDENTIFIER", "MODEL", "STATUS", "SIZE", "CONTEXT", "TTL", "NODE"], (_row(i, *work[i.model_id]) for i in instances)
-        )
+        self.print_table(["IDENTIFIER", "MODEL", "STATUS", "SIZE", "CONTEXT", "TTL", "NODE"], (_row(i, *work[i.pk]) for i in instances))
         return None
 
 

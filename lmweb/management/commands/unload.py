@@ -26,6 +26,7 @@ class Command(ModelCommand):
         super().add_arguments(parser)
         parser.add_argument("identifier", nargs="?", help="identifier or model, as ps shows them")
         parser.add_argument("--all", action="store_true", help="unload every model")
+        parser.add_argument("--node", metavar="NAME", help="only on this worker")
 
     def handle(self, *_: Any, **options: Any) -> None:
         """Unload, and say which."""
@@ -35,8 +36,10 @@ class Command(ModelCommand):
         if not options["all"] and name is None:
             name = choose("Unload which one?", list(ModelInstance.objects.values_list("identifier", flat=True)), ask=not options["json"])
         instances = list(_named(name) if name else ModelInstance.objects.all())
+        if options["node"] is not None:
+            instances = [instance for instance in instances if instance.node_id == options["node"]]
         if name and not instances:
-            raise NotFound(f"'{name}' is not loaded.")
+            raise NotFound(f"'{name}' is not loaded" + (f" on {options['node']}." if options["node"] is not None else "."))
         for instance in instances:
             loading.request_unload(principal=None, instance=instance)
         self._wait([instance.pk for instance in instances])
