@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 from django.http import HttpRequest
 
-from lmweb.access import Principal, authenticate_token
+from api.feed import Begun
+from lmweb.access import Principal, authenticate_token, recall_token
 from lmweb.db import run_db
-from lmweb.errors import NotAuthenticated
+from lmweb.errors import LmwebError, NotAuthenticated
 
 MAX_SECRET_LENGTH = 512
+
+T = TypeVar("T")
 
 
 def secret_of(request: HttpRequest) -> str:
@@ -45,3 +49,19 @@ async def carries_secret(request: HttpRequest) -> bool:
 def principal_of(request: HttpRequest) -> Principal:
     """Return who was authenticated for this request."""
     return cast("Principal", request.auth)  # type: ignore[attr-defined]
+
+
+def begin(request: HttpRequest, start: Callable[[Principal], Begun[T]]) -> Begun[T]:
+    """Authenticate a request and start its generation. Raises ``NotAuthenticated``, and what ``start`` raises.
+
+    Who used a token lately, and which model was asked for, is known here. A generation is begun with that, and its row is stored
+    only if both are still as they were, which saves two round trips before the first token. Whatever goes wrong on that short way,
+    even an error that has other causes, the request is authenticated anew and begun again.
+    """
+    secret = secret_of(request)
+    if (remembered := recall_token(secret)) is not None:
+        try:
+            return start(remembered)
+        except LmwebError:
+            pass
+    return start(authenticate_token(secret))

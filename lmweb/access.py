@@ -7,12 +7,12 @@ found", never "forbidden".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from django.utils import timezone
 
-from lmweb.db import Lookup, field_names
+from lmweb.db import Lookup, Memory, Version, field_names, mark_of
 from lmweb.errors import NotAuthenticated, PermissionDenied
 from lmweb.models import ApiToken, Role, Scope, User
 
@@ -59,10 +59,14 @@ SCOPE_ACTIONS: dict[str, set[Action]] = {
 
 @dataclass(frozen=True)
 class Principal:
-    """Who asks: a person, through a session or through one of their tokens."""
+    """Who asks: a person, through a session or through one of their tokens.
+
+    ``unread`` is empty unless this was remembered (``recall_token``): then whatever is done must be proved with it.
+    """
 
     user: User
     token: ApiToken | None = None
+    unread: tuple[Version, ...] = ()
 
     def may(self, action: Action) -> bool:
         """Return whether this principal may do ``action`` to objects that they can see."""
@@ -87,28 +91,55 @@ def require(principal: Principal, action: Action) -> None:
 _TOKEN_FIELDS = field_names(ApiToken)
 _USER_FIELDS = field_names(User)
 _by_digest = Lookup(
-    lambda digest: ApiToken.objects.filter(digest=digest).values_list(*_TOKEN_FIELDS, *(f"user__{name}" for name in _USER_FIELDS))
+    lambda digest: ApiToken.objects.filter(digest=digest).values_list(
+        mark_of(ApiToken), mark_of(User), *_TOKEN_FIELDS, *(f"user__{name}" for name in _USER_FIELDS)
+    )
 )
+_recent: Memory[Principal] = Memory()
+
+#: How exactly ``last_used_at`` is kept.
+LAST_USED_SECONDS = 60
 
 
-def _find_token(digest: str) -> ApiToken | None:
-    """Return the token with its person in ``user``."""
+def _find_token(digest: str) -> tuple[ApiToken, tuple[Version, ...]] | None:
+    """Return the token with its person in ``user``, and the versions of both."""
     row = _by_digest(digest)
     if row is None:
         return None
-    token = ApiToken.from_db("default", _TOKEN_FIELDS, row[: len(_TOKEN_FIELDS)])
-    token.user = User.from_db("default", _USER_FIELDS, row[len(_TOKEN_FIELDS) :])
-    return token
+    token_mark, user_mark, *values = row
+    token = ApiToken.from_db("default", _TOKEN_FIELDS, values[: len(_TOKEN_FIELDS)])
+    token.user = User.from_db("default", _USER_FIELDS, values[len(_TOKEN_FIELDS) :])
+    return token, (Version.of(token, token_mark), Version.of(token.user, user_mark))
 
 
 def authenticate_token(secret: str) -> Principal:
     """Return the principal of a bearer token. Raises ``NotAuthenticated`` if it is unknown, expired or revoked."""
-    token = _find_token(ApiToken.hash(secret))
-    if token is None or not token.user.is_active:
+    digest = ApiToken.hash(secret)
+    found = _find_token(digest)
+    if found is None or not found[0].user.is_active:
         raise NotAuthenticated("The API token is not valid. Create one in Developer, API tokens.")
+    token, versions = found
     if not token.is_valid:
         raise NotAuthenticated(f"The API token '{token.name}' has {'been revoked' if token.revoked_at else 'expired'}.")
-    now = timezone.now()
-    if token.last_used_at is None or (now - token.last_used_at).total_seconds() > 60:
-        ApiToken.objects.filter(pk=token.pk).update(last_used_at=now)
-    return Principal(token.user, token)
+    principal = Principal(token.user, token)
+    if _was_used_lately(token):
+        _recent[digest] = replace(principal, unread=versions)
+    else:
+        ApiToken.objects.filter(pk=token.pk).update(last_used_at=timezone.now())
+    return principal
+
+
+def recall_token(secret: str) -> Principal | None:
+    """Return who this token stood for when it was read last, without reading it: nothing may be shown or done before it is proved.
+
+    That is ``lmweb.db.insert(unless_changed=principal.unread)``, in the same round trip as the work itself. ``api.auth.begin`` is the
+    only caller.
+    """
+    principal = _recent.get(ApiToken.hash(secret))
+    if principal is None or principal.token is None or not principal.token.is_valid or not _was_used_lately(principal.token):
+        return None
+    return principal
+
+
+def _was_used_lately(token: ApiToken) -> bool:
+    return token.last_used_at is not None and (timezone.now() - token.last_used_at).total_seconds() <= LAST_USED_SECONDS

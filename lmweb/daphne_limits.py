@@ -6,6 +6,7 @@ from typing import Any
 
 import daphne.http_protocol
 from twisted.internet import reactor as installed_reactor
+from twisted.internet.tcp import Connection
 
 from lmweb.body_limits import BODY_SECONDS, DEFAULT_MAX_BYTES, Render, plain_text, too_large, too_slow
 from lmweb.errors import LmwebError
@@ -44,6 +45,15 @@ class LimitedRequest(daphne.http_protocol.WebRequest):
         """Hand the complete request to the application."""
         self.stop_timer()
         return None if self.refused else super().process()
+
+    def write(self, data: bytes) -> None:
+        """Send now what Twisted would send in the next turn of its loop: between two turns other requests are handled.
+
+        Whatever does not go out at once, also because of an error, is left to that turn.
+        """
+        super().write(data)
+        if isinstance(transport := self.channel.transport, Connection) and transport.connected:
+            transport.doWrite()
 
     def connectionLost(self, reason: Any) -> None:  # noqa: N802  (Twisted's name)
         """Forget the clock."""

@@ -13,10 +13,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, partial
 from inspect import signature
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from uuid import UUID
 
 from django.db import close_old_connections, connection, connections
 from django.db.models import Model, QuerySet
+from django.db.models.expressions import RawSQL
+
+from lmweb.errors import Conflict
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -100,28 +104,75 @@ def field_names(model: type[Model], wanted: set[str] | None = None) -> list[str]
     return [name for name in names if wanted is None or name in wanted]
 
 
-def insert(row: Model) -> None:
+class Version(NamedTuple):
+    """A row as it was read once. ``mark`` is PostgreSQL's ``xmin``: every change of a row gives it another one."""
+
+    table: str
+    pk: int | UUID
+    mark: str
+
+    @classmethod
+    def of(cls, row: Model, mark: str) -> Version:
+        """Return the version of a row that was read together with ``mark_of`` its model."""
+        return cls(row._meta.db_table, row.pk, mark)  # noqa: SLF001  (Django's documented name)
+
+
+class Stale(Conflict):
+    """Something that was remembered is not so any more. Whoever remembered it reads it again."""
+
+
+def mark_of(model: type[Model]) -> RawSQL:
+    """Return the expression for ``Version.mark`` in a query of the model's table."""
+    return RawSQL(f"{connection.ops.quote_name(model._meta.db_table)}.xmin::text", ())  # noqa: S611, SLF001  (no input in it)
+
+
+class Memory(Generic[R]):
+    """What was read a moment ago, for those who let ``insert`` prove that it still holds."""
+
+    def __init__(self, size: int = 1024) -> None:
+        self._size = size
+        self._known: dict[str, R] = {}
+
+    def __setitem__(self, key: str, value: R) -> None:
+        """Remember. When there are too many, all are forgotten: a miss costs one query."""
+        if len(self._known) >= self._size:
+            self._known = {}
+        self._known[key] = value
+
+    def get(self, key: str) -> R | None:
+        """Return what was remembered, if anything was."""
+        return self._known.get(key)
+
+
+def insert(row: Model, *, unless_changed: tuple[Version, ...] = ()) -> None:
     """Store a new row, as ``row.save(force_insert=True)`` does, without signals.
+
+    Raises ``Stale``, and stores nothing, if one of the rows ``unless_changed`` is not as it was: what was decided on remembered rows
+    is proved in the same round trip.
 
     Outside a transaction of the caller's it does not wait for the disk: if PostgreSQL dies in the next half second the row may be
     lost. Inside one, that is the business of whoever began it.
     """
-    sql, relaxed = _insert_sql(type(row))
+    sql = _insert_sql(type(row), tuple(version.table for version in unless_changed), relaxed=not connection.in_atomic_block)
     fields = row._meta.concrete_fields  # noqa: SLF001  (Django's documented name)
     values = [field.get_db_prep_save(field.pre_save(row, add=True), connection) for field in fields]
+    values += [value for version in unless_changed for value in (version.pk, version.mark)]
     with connection.cursor() as cursor:
-        cursor.execute(sql if connection.in_atomic_block else relaxed, values)
+        cursor.execute(sql, values)
+        if not cursor.rowcount:
+            raise Stale("Something that this rests on has just changed. Please try again.")
     row._state.adding, row._state.db = False, connection.alias  # noqa: SLF001  (likewise)
 
 
 @cache
-def _insert_sql(model: type[Model]) -> tuple[str, str]:
-    """Return the statement, also with the commit that does not wait."""
+def _insert_sql(model: type[Model], unchanged: tuple[str, ...], *, relaxed: bool) -> str:
+    """Return the statement: with the commit that does not wait, if ``relaxed``; it inserts nothing if a row has changed."""
     quote = connection.ops.quote_name
     fields = model._meta.concrete_fields  # noqa: SLF001
     columns = ", ".join(quote(field.column) for field in fields if field.column)
     types = [re.sub(r"\(.*\)", "", field.db_type(connection) or "") for field in fields]  # a cast to varchar(9) would cut texts
     values = ", ".join(f"%s::{type_}" for type_ in types)
-    table = quote(model._meta.db_table)  # noqa: SLF001
-    plain = f"INSERT INTO {table} ({columns}) SELECT {values}"
-    return plain, f"{plain} WHERE set_config('synchronous_commit', 'off', true) = 'off'"
+    conditions = ["set_config('synchronous_commit', 'off', true) = 'off'"] if relaxed else []
+    conditions += [f"(SELECT xmin::text FROM {quote(table)} WHERE id = %s) = %s::text" for table in unchanged]  # noqa: S608  (names are ours)
+    where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
+    return f"INSERT INTO {quote(model._meta.db_table)} ({columns}) SELECT {values}{where}"  # noqa: SLF001

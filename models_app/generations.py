@@ -59,6 +59,8 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
     Raises ``PermissionDenied``, ``TooManyRequests``, ``ModelNotFound``, or ``InvalidRequest`` for a chat with a model that only makes
     embeddings (a language model does both) and for a draft model that does not match. What is wrong with the prompt itself (too
     long, refused by the chat template) is known to the runner only and arrives as an ``error`` event.
+
+    Raises ``Stale`` if the principal was remembered (``unread``) and is not the same any more, or the model is not.
     """
     require(principal, Action.GENERATE)
     _require_room(principal.user)
@@ -80,7 +82,7 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
             node=node,
             lease_until=timezone.now() + timedelta(seconds=DISPATCH_SECONDS) if node else None,
         )
-        insert(generation)
+        insert(generation, unless_changed=principal.unread + model.unread)
         return generation
 
 

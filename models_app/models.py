@@ -14,7 +14,7 @@ from django.db import models
 from django.db.models import Q
 
 from lmweb.access import Action, Principal
-from lmweb.db import Lookup, field_names
+from lmweb.db import Lookup, Memory, Version, field_names, mark_of
 from lmweb.models import ApiToken, User
 from workers.models import WorkerNode
 from workers.schemas import ToolCall
@@ -29,9 +29,13 @@ class InstalledModelQuerySet(models.QuerySet["InstalledModel"]):
 
     @classmethod
     def named(cls, principal: Principal, key: str) -> InstalledModel | None:
-        """Return ``visible_to(principal).filter(key=key).first()``, sooner; with the few fields that a request needs."""
-        row = _by_key(key) if cls._are_visible_to(principal) else None
-        return InstalledModel.from_db("default", _REQUEST_FIELDS, row) if row else None
+        """Return ``visible_to(principal).filter(key=key).first()``, sooner; with the few fields that a request needs.
+
+        For a remembered principal the model may be a remembered one too (``unread``).
+        """
+        if not cls._are_visible_to(principal):
+            return None
+        return (_recent.get(key) if principal.unread else None) or _read(key)
 
     @staticmethod
     def _are_visible_to(principal: Principal) -> bool:
@@ -44,6 +48,9 @@ class InstalledModel(models.Model):
     class Type(models.TextChoices):
         LLM = "llm", "LLM"
         EMBEDDING = "embedding", "Embedding"
+
+    #: Not empty if this was remembered: what is done with it has to be proved (``lmweb.db.insert``).
+    unread: tuple[Version, ...] = ()
 
     key = models.CharField(max_length=512, unique=True)
     type = models.CharField(max_length=16, choices=Type.choices, default=Type.LLM)
@@ -182,7 +189,20 @@ class MemoryMeasurement(models.Model):
 _REQUEST_FIELDS = field_names(
     InstalledModel, {"id", "key", "publisher", "type", "format", "created_at", "inference_defaults", "custom_fields", "base_id"}
 )
-_by_key = Lookup(lambda key: InstalledModel.objects.filter(key=key).values_list(*_REQUEST_FIELDS))
+_by_key = Lookup(lambda key: InstalledModel.objects.filter(key=key).values_list(mark_of(InstalledModel), *_REQUEST_FIELDS))
+_recent: Memory[InstalledModel] = Memory()
+
+
+def _read(key: str) -> InstalledModel | None:
+    """Return the model of this key, and remember it."""
+    row = _by_key(key)
+    if row is None:
+        return None
+    mark, *values = row
+    remembered = InstalledModel.from_db("default", _REQUEST_FIELDS, values)
+    remembered.unread = (Version.of(remembered, mark),)
+    _recent[key] = remembered
+    return InstalledModel.from_db("default", _REQUEST_FIELDS, values)
 
 
 class GenerationQuerySet(models.QuerySet["Generation"]):

@@ -7,7 +7,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ class DjangoStore:
         self.incarnation = uuid.uuid4()
         self._engines = engines
         self._channel = f"gpu_{hashlib.md5(node_name.encode(), usedforsecurity=False).hexdigest()}"
+        self._listener: psycopg.Connection[Any] | None = None
 
     def register(self) -> None:
         """Register this node, and queue again what its dead predecessor had."""
@@ -128,11 +129,15 @@ class DjangoStore:
     def arrivals(self, seconds: float) -> Generator[list[str]]:
         """Yield generations when the notice that a row's commit sends comes (trigger ``models_app_generation_arrives``).
 
-        The connection is one of its own: what looks after the others takes unasked data for the end of their server.
+        The connection is one of its own: what looks after the others takes unasked data for the end of their server. Who is
+        iterating claims on it, too: its server process and its pages are awake, which saves half of the time.
         """
         parameters = connection.get_connection_params() | {"cursor_factory": psycopg.Cursor, "autocommit": True}
-        with connection.wrap_database_errors, closing(psycopg.connect(**parameters)) as listener:
+        with connection.wrap_database_errors, closing(psycopg.connect(**parameters)) as listener, ExitStack() as afterwards:
             listener.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
+            listener.execute("SET synchronous_commit TO off")
+            self._listener = listener
+            afterwards.callback(setattr, self, "_listener", None)
             while True:
                 yield [str(pk) for (pk,) in listener.execute(_WAITING, [self.node_name])]
                 while notices := list(listener.notifies(timeout=seconds, stop_after=1)):
@@ -150,13 +155,19 @@ class DjangoStore:
         """Take a queued generation by a conditional update, so that a second delivery finds nothing."""
         now = timezone.now()
         lease = now + timedelta(seconds=LEASE_SECONDS)
-        with _brief(durable=False), connection.cursor() as cursor:
-            cursor.execute(_CLAIM, [self.node_name, self.incarnation, lease, now, generation_id, settings.USER_RUNNING_LIMIT])
-            row = cursor.fetchone()
-            if row is None:
+        values = [self.node_name, self.incarnation, lease, now, generation_id, settings.USER_RUNNING_LIMIT]
+        if self._listener is not None:
+            with connection.wrap_database_errors:
+                row = self._listener.execute(_CLAIM, values).fetchone()
+        else:
+            with _brief(durable=False), connection.cursor() as cursor:
+                cursor.execute(_CLAIM, values)
+                row = cursor.fetchone()
+        if row is None:
+            with _brief(durable=False):
                 self._refuse_without_model(generation_id)
-                return None
-            return _claim(dict(zip(_CLAIM_COLUMNS, row, strict=True)))
+            return None
+        return _claim(dict(zip(_CLAIM_COLUMNS, row, strict=True)))
 
     def save(self, progress: list[Progress]) -> tuple[set[str], set[str]]:
         """Save all partial texts of a second, and the leases with them, in one statement."""

@@ -16,12 +16,12 @@ from django.http.response import HttpResponseBase
 from ninja import Router
 
 from api import sse
-from api.auth import carries_secret, principal_of, secret_of
+from api.auth import begin, carries_secret, principal_of
 from api.body import json_body, json_response
 from api.feed import Begun, Feed
 from api.openai import embeddings, translate
 from api.openai.schemas import ChatCompletionRequest, Model, ModelList
-from lmweb.access import Action, Principal, authenticate_token, require
+from lmweb.access import Action, Principal, require
 from lmweb.db import run_db
 from lmweb.errors import GenerationInterrupted, LmwebError
 from models_app.generations import resolve_model, start_generation
@@ -80,15 +80,18 @@ async def chat_completions(request: HttpRequest) -> HttpResponseBase:
 
 def _begin(request: HttpRequest, generation_id: uuid.UUID) -> Begun[ChatCompletionRequest]:
     """Authenticate, parse and start."""
-    principal = authenticate_token(secret_of(request))
-    body = translate.parse_request(json_body(request))
-    native, n = translate.to_generation_request(body), translate.choices(body)
-    start = partial(start_generation, principal=principal, source="openai")
-    if n == 1:
-        return Begun(principal, start(request=native, generation_id=generation_id), body)
-    with transaction.atomic():  # all or none
-        first, *others = [start(request=translate.with_choice(native, index)) for index in range(n)]
-    return Begun(principal, first, body, tuple(others))
+
+    def start_all(principal: Principal) -> Begun[ChatCompletionRequest]:
+        body = translate.parse_request(json_body(request))
+        native, n = translate.to_generation_request(body), translate.choices(body)
+        start = partial(start_generation, principal=principal, source="openai")
+        if n == 1:
+            return Begun(principal, start(request=native, generation_id=generation_id), body)
+        with transaction.atomic():  # all or none
+            first, *others = [start(request=translate.with_choice(native, index)) for index in range(n)]
+        return Begun(principal, first, body, tuple(others))
+
+    return begin(request, start_all)
 
 
 async def _answer(feed: Feed, *, with_logprobs: bool) -> translate.Answer:
@@ -120,11 +123,14 @@ async def create_embeddings(request: HttpRequest) -> HttpResponse:
 
 def _begin_embeddings(request: HttpRequest, generation_id: uuid.UUID) -> Begun[embeddings.Collector]:
     """Authenticate, parse and start."""
-    principal = authenticate_token(secret_of(request))
-    body = embeddings.parse_request(json_body(request))
-    native = embeddings.to_embedding_request(body)
-    generation = start_generation(principal=principal, request=native, source="openai", generation_id=generation_id)
-    return Begun(principal, generation, embeddings.Collector(len(native.inputs), as_base64=body.encoding_format == "base64"))
+
+    def start(principal: Principal) -> Begun[embeddings.Collector]:
+        body = embeddings.parse_request(json_body(request))
+        native = embeddings.to_embedding_request(body)
+        generation = start_generation(principal=principal, request=native, source="openai", generation_id=generation_id)
+        return Begun(principal, generation, embeddings.Collector(len(native.inputs), as_base64=body.encoding_format == "base64"))
+
+    return begin(request, start)
 
 
 def _visible_models(principal: Principal) -> list[Model]:
