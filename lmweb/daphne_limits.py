@@ -52,7 +52,8 @@ class LimitedRequest(daphne.http_protocol.WebRequest):
         Whatever does not go out at once, also because of an error, is left to that turn.
         """
         super().write(data)
-        if isinstance(transport := self.channel.transport, Connection) and transport.connected:
+        transport: Any = self.channel.transport
+        if isinstance(transport, Connection) and transport.connected:
             transport.doWrite()
 
     def connectionLost(self, reason: Any) -> None:  # noqa: N802  (Twisted's name)

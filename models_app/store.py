@@ -155,7 +155,7 @@ class DjangoStore:
         """Take a queued generation by a conditional update, so that a second delivery finds nothing."""
         now = timezone.now()
         lease = now + timedelta(seconds=LEASE_SECONDS)
-        values = [self.node_name, self.incarnation, lease, now, generation_id, settings.USER_RUNNING_LIMIT]
+        values: list[Any] = [self.node_name, self.incarnation, lease, now, generation_id, settings.USER_RUNNING_LIMIT]
         if self._listener is not None:
             with connection.wrap_database_errors:
                 row = self._listener.execute(_CLAIM, values).fetchone()
