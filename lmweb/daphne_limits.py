@@ -52,9 +52,9 @@ class LimitedRequest(daphne.http_protocol.WebRequest):
         Whatever does not go out at once, also because of an error, is left to that turn.
         """
         super().write(data)
-        transport: Any = self.channel.transport
+        transport = self.channel.transport
         if isinstance(transport, Connection) and transport.connected:
-            transport.doWrite()
+            transport.doWrite()  # type: ignore[no-untyped-call]
 
     def connectionLost(self, reason: Any) -> None:  # noqa: N802  (Twisted's name)
         """Forget the clock."""
