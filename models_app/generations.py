@@ -34,8 +34,6 @@ from workers.events import AnyEvent, ChatEnd, Error, ErrorInfo, Result, Snapshot
 from workers.schemas import AnyRequest, GenerationRequest, request_to_builtins
 
 SILENCE_SECONDS = 2.0
-#: How long a message may take to its worker before the reaper sends it again.
-DISPATCH_SECONDS = 5
 
 
 def resolve_model(principal: Principal, name: str) -> InstalledModel:
@@ -80,7 +78,7 @@ def start_generation(*, principal: Principal, request: AnyRequest, source: str, 
             model_key=model.key,
             request=request_to_builtins(with_defaults(request, model)),
             node=node,
-            lease_until=timezone.now() + timedelta(seconds=DISPATCH_SECONDS) if node else None,
+            lease_until=timezone.now() + timedelta(seconds=routing.DISPATCH_SECONDS) if node else None,
         )
         insert(generation, unless_changed=principal.unread + model.unread)
         return generation

@@ -6,13 +6,13 @@ import logging
 from datetime import datetime, timedelta
 
 from django.db.models import F, Q
+from django.db.models.functions import Now
 from django.utils import timezone
 
 from models_app import routing
-from models_app.generations import DISPATCH_SECONDS
 from models_app.models import Generation, ModelInstance
 from workers.models import WorkerNode
-from workers.router import Refuse
+from workers.router import DEAD_SECONDS, Refuse
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,9 @@ DEAD_NODE_SECONDS = 30
 
 
 class Reaper:
-    """Remembers what it saw in the last round: only a lease that was expired then and has not been renewed since is lost.
+    """Remembers what it saw in the last round, to tell what is lost from what is late.
+
+    Lost is a lease that had expired then, or was that of a node without a heartbeat, and has not been renewed since.
 
     After an outage of PostgreSQL all leases look expired; their owners renew them within a second, before the second look.
     """
@@ -39,7 +41,8 @@ class Reaper:
         ModelInstance.objects.filter(node__heartbeat_at__lt=now - timedelta(seconds=DEAD_NODE_SECONDS)).delete()
 
     def _requeue_lost(self, now: datetime) -> None:
-        expired = Generation.objects.filter(status=Generation.Status.RUNNING, lease_until__lt=now)
+        dead = WorkerNode.objects.filter(heartbeat_at__lt=Now() - timedelta(seconds=DEAD_SECONDS)).values("pk")
+        expired = Generation.objects.filter(Q(lease_until__lt=now) | Q(node__in=dead), status=Generation.Status.RUNNING)
         seen = {str(pk): lease for pk, lease in expired.values_list("pk", "lease_until")}
         for pk, lease in seen.items():
             if self._suspects.get(pk) == lease:
@@ -51,10 +54,11 @@ class Reaper:
     def _resend_queued(self, now: datetime) -> None:
         waiting = Generation.objects.filter(Q(lease_until=None) | Q(lease_until__lt=now), status=Generation.Status.QUEUED)
         alive = WorkerNode.objects.alive().exists()
+        routing.forget()
         for generation in waiting.select_related("model__base").order_by("created_at")[:500]:
             found = routing.reroute(generation.model, generation.request["model"]) if alive and generation.model else None
             if found is not None and found.node:
-                generation.node, generation.lease_until = found.node, now + timedelta(seconds=DISPATCH_SECONDS)
+                generation.node, generation.lease_until = found.node, now + timedelta(seconds=routing.DISPATCH_SECONDS)
                 generation.save(update_fields=["node", "lease_until"])
             elif generation.cancel_requested:
                 self._end(generation, Generation.Status.CANCELLED, "", "")

@@ -27,6 +27,8 @@ from workers.memory import AutoEvict, Guardrail, reserve
 from workers.router import DEAD_SECONDS, Node, Placement, Replica, Wanted
 from workers.schemas import AnyRequest, GenerationRequest, LoadConfig
 
+#: How long a node may take to claim what was sent to it before the reaper sends it again.
+DISPATCH_SECONDS = 5
 #: How long a look at the nodes holds. Heartbeats are older than this, and a node that has died is found out anyway.
 LOOK_SECONDS = 1.0
 #: A load that failed keeps further requests for this model away from its node for so long.
@@ -94,6 +96,8 @@ def reroute(model: InstalledModel, identifier: str, *, excluded: Collection[str]
 
     Nodes where a load of this model has failed lately are left out if any node is, so that no request goes round in circles.
     """
+    if excluded:
+        forget()  # whoever has failed at this moment counts
     with _lock:
         nodes = _current()
         weights = model.base_id or model.pk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import time
 import uuid
 from collections.abc import Generator, Iterator
@@ -25,6 +26,7 @@ from psycopg import sql
 
 from lmweb import __version__
 from lmweb.db import drop_dead_connections
+from models_app import routing
 from models_app.drafts import draft_file
 from models_app.memory import estimate_model, note_measurement
 from models_app.models import Generation, InstalledModel, ModelInstance
@@ -33,8 +35,11 @@ from workers.events import Stats
 from workers.machine import free_disk, hardware
 from workers.memory import MemoryEstimate, machine_memory
 from workers.models import WorkerNode
+from workers.router import Refuse
 from workers.schemas import GenerationRequest, LoadConfig, ToolCall, request_from_json
 from workers.store import Claim, Instance, ModelFile, NodeState, Outcome, Progress
+
+logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 15
 
@@ -226,6 +231,21 @@ class DjangoStore:
         self.save(progress)
         with _brief(durable=True):
             self._mine().filter(pk__in=[p.id for p in progress]).update(status=Generation.Status.QUEUED, lease_until=None)
+
+    def hand_over(self, progress: Progress) -> bool:
+        """Save and queue again for another node that has not failed at this model lately, if there is one."""
+        self.save([progress])
+        with _brief(durable=True):
+            mine = self._mine().filter(pk=progress.id)
+            row = mine.select_related("model__base").first()
+            if row is None or row.model is None:
+                return False
+            found = routing.reroute(row.model, row.request["model"], excluded={self.node_name})
+            if isinstance(found, Refuse):
+                return False
+            logger.info("generation %s goes to %s", progress.id, found.node)
+            lease = timezone.now() + timedelta(seconds=routing.DISPATCH_SECONDS)
+            return bool(mine.update(status=Generation.Status.QUEUED, node=found.node, lease_until=lease))
 
     def create_instance(self, model: ModelFile, *, ttl_seconds: int | None, running: set[int]) -> Instance:
         """Make the row of a just-in-time load, or take that of a load whose task is on its way; leftovers give way."""

@@ -214,9 +214,26 @@ class Host:
         """Tell the viewers what a generation waits for."""
         self._publish(live, [*self._begin(live), QueueUpdate(position=position, reason=reason)])
 
-    def on_refused(self, live: Live, error: ErrorInfo) -> None:
-        """End a generation whose model cannot be loaded."""
-        self._fail(live, error)
+    def on_refused(self, live: Live, error: ErrorInfo, *, elsewhere: bool) -> None:
+        """End a generation whose model cannot be loaded, unless another node takes it."""
+        if not (elsewhere and self._hand_over(live)):
+            self._fail(live, error)
+
+    def _hand_over(self, live: Live) -> bool:
+        """Give a generation to another node. Returns whether there is one; what ended meanwhile counts as given."""
+        if live.ended:
+            return True
+        self._write([live])
+        with live.lock:
+            progress = live.progress()
+        try:
+            given = self.store.hand_over(progress)
+        except DatabaseError as error:
+            logger.warning("%s cannot go to another node, PostgreSQL is away: %s", live.id, str(error).strip().splitlines()[0])
+            return False
+        if given:
+            self._forget(live)
+        return given
 
     @staticmethod
     def _begin(live: Live) -> list[AnyEvent]:

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from django.db import Error as DatabaseError
 
-from lmweb.errors import InvalidModelFile, LmwebError, ModelNotLoaded
+from lmweb.errors import InvalidModelFile, LmwebError, ModelLoadFailed, ModelNotLoaded
 from workers.events import ErrorInfo
 from workers.memory import AutoEvict, Guardrail, Resident, has_gpu_build, leavers_for_request, machine_memory, refusal, reserve
 from workers.protocol import RunnerMessage
@@ -78,8 +78,8 @@ class Listener(Protocol):
     def on_waiting(self, live: Live, position: int, reason: str) -> None:
         """A generation waits for memory."""
 
-    def on_refused(self, live: Live, error: ErrorInfo) -> None:
-        """The model of a waiting generation cannot be loaded."""
+    def on_refused(self, live: Live, error: ErrorInfo, *, elsewhere: bool) -> None:
+        """The model of a waiting generation cannot be loaded; ``elsewhere``: another node may be able to."""
 
 
 @dataclass(eq=False, slots=True)
@@ -280,8 +280,8 @@ class Runners:
     def _advance(self, wish: Wish) -> set[int]:
         """Bring a wish as far as it goes now; it is fulfilled when it is gone from the list.
 
-        Returns the runners that are to take nothing new on its account. Raises ``InsufficientMemory``, ``ModelNotLoaded`` or
-        ``django.db.Error``.
+        Returns the runners that are to take nothing new on its account. Raises ``ModelLoadFailed`` (of which ``InsufficientMemory``
+        is one), ``ModelNotLoaded`` or ``django.db.Error``.
         """
         with self.lock:
             if wish not in self._wishes or self._is_settled(wish):
@@ -297,6 +297,7 @@ class Runners:
         elif wish.instance is None:
             wish.instance = self._store.create_instance(wish.model, ttl_seconds=wish.ttl_seconds, running=running)
         if wish.needed_bytes is None:
+            self._require_file(wish.model)
             wish.instance = self._complete_config(wish.instance)
             wish.needed_bytes = self._needed_bytes(wish.instance)
         leaving = self._leavers(wish, wish.instance, wish.needed_bytes)
@@ -304,6 +305,10 @@ class Runners:
             return self._clear(wish, leaving)
         self._spawn(wish, wish.instance)
         return set()
+
+    def _require_file(self, model: ModelFile) -> None:
+        if not Path(model.path).exists():
+            raise ModelLoadFailed(f"The file of {model.key} is not on the worker '{self._store.node_name}'.", param="model")
 
     def _is_settled(self, wish: Wish) -> bool:
         """Whether nothing has to be loaded for this wish (any more); then it is taken from the list."""
@@ -417,19 +422,20 @@ class Runners:
     # --- telling -------------------------------------------------------------------------------------------------------
 
     def _refuse(self, wish: Wish, error: LmwebError, *, code: str = "") -> None:
+        """Give up a wish. Its row says so before its generations are sent elsewhere, so that none of them comes back."""
         info = ErrorInfo(code=code or error.code, message=error.message, param=error.param, details=error.details)
         with self.lock:
             if wish in self._wishes:
                 self._wishes.remove(wish)
-            self._refuse_all(wish, info)
             self._put_back(wish.left)
         instance = wish.instance
         if instance is not None:
             self._try_store(lambda: self._store.instance_failed(instance.id, error.message))
+        self._refuse_all(wish, info, elsewhere=isinstance(error, ModelLoadFailed))
 
-    def _refuse_all(self, wish: Wish, info: ErrorInfo) -> None:
+    def _refuse_all(self, wish: Wish, info: ErrorInfo, *, elsewhere: bool = False) -> None:
         for live in wish.lives:
-            self._listener.on_refused(live, info)
+            self._listener.on_refused(live, info, elsewhere=elsewhere)
 
     def _put_back(self, instances: list[Instance]) -> None:
         """Load again what had left memory for a model that could not be loaded."""

@@ -115,6 +115,10 @@ class Outcome:
 class Store(Protocol):
     """The database, as the worker sees it. Every method may raise ``django.db.Error`` while PostgreSQL is away."""
 
+    @property
+    def node_name(self) -> str:
+        """Return the name of this node."""
+
     def register(self) -> None:
         """Register this node under a new incarnation; what its dead predecessor had is queued again."""
 
@@ -144,6 +148,9 @@ class Store(Protocol):
 
     def give_back(self, progress: list[Progress]) -> None:
         """Save and queue again what this worker could not finish before its shutdown."""
+
+    def hand_over(self, progress: Progress) -> bool:
+        """Save, and give to another node what this one cannot do; returns whether there is one that may be able to."""
 
     def create_instance(self, model: ModelFile, *, ttl_seconds: int | None, running: set[int]) -> Instance:
         """Make the row of a model that a request loads just in time, with the model's defaults.

@@ -31,9 +31,9 @@ def wait_for(condition: Callable[[], object], *, seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-def make_host(logs: Path, policy: Policy | None = None) -> Host:
+def make_host(logs: Path, policy: Policy | None = None, *, store: DjangoStore | None = None) -> Host:
     """Return a host that is not started yet."""
-    store = DjangoStore("test-node", engines=[])
+    store = store or DjangoStore("test-node", engines=[])
     return Host(store=store, redis_url=settings.REDIS_URL, logs=logs, step_log=True, complete_config=complete_config, policy=policy)
 
 
