@@ -24,6 +24,7 @@ class Action(StrEnum):
     READ_MODELS = "read_models"
     LOAD_MODELS = "load_models"
     IMPORT_MODELS = "import_models"
+    IMPORT_FROM_SERVER = "import_from_server"
     DELETE_MODELS = "delete_models"
     DOWNLOAD_MODELS = "download_models"
     REQUEST_DOWNLOADS = "request_downloads"
@@ -47,6 +48,7 @@ SCOPE_ACTIONS: dict[str, set[Action]] = {
         Action.READ_MODELS,
         Action.LOAD_MODELS,
         Action.IMPORT_MODELS,
+        Action.IMPORT_FROM_SERVER,
         Action.DELETE_MODELS,
         Action.DOWNLOAD_MODELS,
         Action.REQUEST_DOWNLOADS,

@@ -15,6 +15,7 @@ from lmweb.errors import LmwebError
 from models_app.defaults import MAX_SYSTEM_PROMPT, InferenceDefaults, load_config
 from models_app.loading import loading_nodes
 from models_app.models import InstalledModel
+from workers.memory import has_gpu_build
 from workers.schemas import KvCacheType, LoadConfig, SamplingParams
 
 ON_OFF: Final = [("on", "On"), ("off", "Off")]
@@ -86,15 +87,19 @@ class ConfigForm(forms.Form):
 
     def main_fields(self) -> list[forms.BoundField]:
         """Return the fields that are always shown."""
-        return [self[name] for name in self.MAIN]
+        return [self[name] for name in self._main()]
 
     def more_fields(self) -> list[forms.BoundField]:
         """Return the fields behind the fold."""
-        return [self[name] for name in ConfigForm.base_fields if name not in self.MAIN]
+        return [self[name] for name in ConfigForm.base_fields if name not in self._main()]
+
+    def _main(self) -> list[str]:
+        """Return the names of what is always shown; layers are of no interest where there is no GPU to put them on."""
+        return [name for name in self.MAIN if name != "gpu_layers" or has_gpu_build()]
 
     def more_is_open(self) -> bool:
         """Whether the fold is open: something in it is wrong, or not at its default."""
-        rest = {name: value for name, value in self.model.load_defaults.items() if name not in self.MAIN}
+        rest = {name: value for name, value in self.model.load_defaults.items() if name not in self._main()}
         return bool(rest or any(field.errors for field in self.more_fields()))
 
     def config(self) -> LoadConfig:

@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 import shutil
-import stat
 import time
 import uuid
 from collections.abc import Callable
@@ -74,18 +73,23 @@ def require_free_space(needed_bytes: int) -> None:
         )
 
 
+def resolve(path: Path) -> Path:
+    """Return the absolute path of something that is there, without symbolic links. Raises ``InvalidRequest`` for any other."""
+    try:
+        found = path.expanduser().absolute().resolve(strict=True)
+        found.stat()
+    except (OSError, RuntimeError, ValueError) as error:  # also unknown home directories, loops of links, and NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InvalidRequest(f"{str(path)[:300]} cannot be read: {reason.rstrip('.')}.", param="file") from None
+    return found
+
+
 def check_source(path: Path, mode: Mode) -> Path:
     """Return the absolute path of a file to import. Raises ``InvalidRequest`` if it is none that ``mode`` can take."""
-    path = path.expanduser().absolute()
-    try:
-        if path.is_symlink() and mode is Mode.MOVE:
-            raise InvalidRequest(f"{path} is a symbolic link. Use --copy, --hard-link or --symbolic-link.", param="file")
-        source = path.resolve(strict=True)
-        kind = source.stat().st_mode
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InvalidRequest(f"{path} cannot be read: {reason}.", param="file") from None
-    if not stat.S_ISREG(kind):
+    source = resolve(path)
+    if mode is Mode.MOVE and path.expanduser().is_symlink():
+        raise InvalidRequest(f"{path} is a symbolic link. Use --copy, --hard-link or --symbolic-link.", param="file")
+    if not source.is_file():
         raise InvalidRequest(f"{path} is not a file.", param="file")
     if source.is_relative_to(models_dir()) and mode is not Mode.MOVE:
         raise InvalidRequest(f"{path} lies in the models directory already.", param="file")

@@ -34,13 +34,13 @@ class Found:
 def scan(*, principal: Principal | None, folder: Path | None = None, mode: Mode = Mode.SYMBOLIC_LINK) -> list[Found]:
     """Take in the model files of a folder that are in no list yet; files of the models directory (None) stay where they are.
 
-    ``mode`` says how files of another folder come in. ``principal`` None stands for the administrator at the command line, who alone
-    may name a folder. Raises ``PermissionDenied``, or ``InvalidRequest`` for a folder that is none.
+    ``mode`` says how files of another folder come in. ``principal`` None stands for the administrator at the command line. Raises
+    ``PermissionDenied`` (only admins name a folder), or ``InvalidRequest`` for a folder that is none.
     """
     if principal:
-        require(principal, Action.IMPORT_MODELS)
+        require(principal, Action.IMPORT_MODELS if folder is None else Action.IMPORT_FROM_SERVER)
     root = placement.models_dir()
-    chosen = root if folder is None else folder.expanduser().absolute().resolve()
+    chosen = root if folder is None else placement.resolve(folder)
     if not chosen.is_dir():
         raise InvalidRequest(f"{chosen} is not a folder.", param="folder")
     found = []
@@ -63,6 +63,17 @@ def scan(*, principal: Principal | None, folder: Path | None = None, mode: Mode 
         else:
             found.append(Found(relative, key=model.key))
     return found
+
+
+def take_in(*, principal: Principal, path: Path, mode: Mode) -> list[Found]:
+    """Take in a file, or the files of a folder, that lies on the server's own disk.
+
+    Raises ``PermissionDenied`` (only admins name paths), ``InvalidRequest``, ``InvalidModelFile`` and ``Conflict``.
+    """
+    require(principal, Action.IMPORT_FROM_SERVER)
+    if placement.resolve(path).is_dir():
+        return scan(principal=principal, folder=path, mode=mode)
+    return [Found(str(path), key=services.import_file(principal=principal, source=path, mode=mode).key)]
 
 
 def _files(root: Path) -> Iterator[Path]:

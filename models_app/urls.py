@@ -19,6 +19,7 @@ urlpatterns = [
     path("<int:model_id>/template", model_page.template, name="model-template"),
     path("<int:model_id>/delete", views.delete, name="model-delete"),
     path("scan", views.scan_folder, name="model-scan"),
+    path("import-path", views.import_path, name="model-import-path"),
     path("virtual", views.add_virtual, name="model-add-virtual"),
     path("instances/<int:instance_id>/pin", views.pin, name="instance-pin"),
     path("instances/<int:instance_id>/unload", views.unload, name="instance-unload"),

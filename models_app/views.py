@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import msgspec
@@ -21,9 +22,11 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from lmweb.access import Action, Principal, require
 from lmweb.errors import InvalidRequest, LmwebError, NotFound, PayloadTooLarge
 from lmweb.models import User
+from lmweb.templatetags.interface import filesize
 from models_app import loading, placement, scan, services, uploads, virtual
 from models_app.forms import LoadForm
 from models_app.models import InstalledModel, ModelInstance
+from models_app.placement import Mode
 from workers.memory import has_gpu_build
 from workers.models import WorkerNode
 
@@ -60,6 +63,16 @@ class Filter:
         number = int(limit) if limit.isascii() and limit.isdigit() and len(limit) < 7 else PAGE_SIZE
         query = given.get("q", "").replace("\x00", "")[:200]
         return cls(query, sort if sort in SORTS else "name", min(MAX_LIMIT, max(PAGE_SIZE, number)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model as the list shows it: how many of its requests are answered, and how many wait."""
+
+    model: InstalledModel
+    is_missing: bool
+    running: int
+    queued: int
 
 
 View = Callable[Concatenate[HttpRequest, P], HttpResponse]
@@ -117,6 +130,7 @@ def my_models(request: HttpRequest) -> HttpResponse:
         "filter": Filter.parse(request),
         "may_import": may_import,
         "may_add_virtual": principal.may(Action.CHANGE_DEFAULTS),
+        "may_import_paths": principal.may(Action.IMPORT_FROM_SERVER),
         "unfinished": uploads.mine(principal=principal) if may_import else [],
         "chunk_bytes": uploads.CHUNK_BYTES,
     }
@@ -140,14 +154,14 @@ def _list_html(request: HttpRequest) -> str:
     wanted = Filter.parse(request)
     found = list(_filtered(visible, wanted)[: wanted.limit + 1])
     models = found[: wanted.limit]
+    work = loading.work_of({model.base_id or model.pk for model in models})
     context = {
-        "models": models,
+        "models": [Row(model, not model.file.is_file(), *work[model.base_id or model.pk]) for model in models],
         "more": wanted.limit + PAGE_SIZE if len(found) > wanted.limit else 0,
         "filter": wanted,
         "count": len(sizes),
         "total_bytes": sum(sizes),
         "free_bytes": shutil.disk_usage(placement.models_dir()).free // 10**8 * 10**8,  # coarse: it changes all the time
-        "missing": {model.pk for model in models if not model.file.is_file()},
         "may_load": principal.may(Action.LOAD_MODELS),
         "may_delete": principal.may(Action.DELETE_MODELS),
         "may_pin": principal.may(Action.CHANGE_DEFAULTS),
@@ -247,12 +261,27 @@ def estimate(request: HttpRequest, model_id: int) -> HttpResponse:
 @shows_errors
 def scan_folder(request: HttpRequest) -> HttpResponse:
     """Take in the model files that lie in the models directory and are in no list."""
-    found = scan.scan(principal=principal_of(request))
+    return _said(request, scan.scan(principal=principal_of(request)))
+
+
+def _said(request: HttpRequest, found: list[scan.Found]) -> HttpResponse:
+    """Return the list as it is now, and what was found."""
     problems = [f"{each.path}: {each.problem}" for each in found if each.problem]
     added = sum(bool(each.key) for each in found)
     text = f"{added} model{'' if added == 1 else 's'} added." if added or not problems else ""
     said = " ".join([text, *problems[:3], f"And {len(problems) - 3} more problems." if len(problems) > 3 else ""]).strip()
     return _changed(request, {"toast": {"text": said, "kind": "bad" if problems else "good"}})
+
+
+@require_POST
+@shows_errors
+def import_path(request: HttpRequest) -> HttpResponse:
+    """Take in a file or a folder of model files that lies on the server's own disk; it stays where it is."""
+    typed = request.POST.get("path", "").strip()
+    if not typed or "\x00" in typed:
+        raise InvalidRequest("Give the path of a .gguf file, or of a folder like LM Studio's, on the server.", param="path")
+    mode = Mode.HARD_LINK if request.POST.get("mode") == Mode.HARD_LINK else Mode.SYMBOLIC_LINK
+    return _said(request, scan.take_in(principal=principal_of(request), path=Path(typed), mode=mode))
 
 
 @require_POST
@@ -280,6 +309,9 @@ def unload(request: HttpRequest, instance_id: int) -> HttpResponse:
     instance = _instance(request, instance_id)
     if instance is not None:  # gone already is what was wanted
         loading.request_unload(principal=principal_of(request), instance=instance)
+        if instance.status == ModelInstance.Status.READY and instance.memory_bytes:
+            said = f"{instance.identifier} is being unloaded: {filesize(instance.memory_bytes)} of memory come back."
+            return _changed(request, {"toast": {"text": said, "kind": "good"}})
     return _changed(request)
 
 

@@ -68,6 +68,15 @@ def test_states(page: Client, model: InstalledModel, node: WorkerNode) -> None:
     shown = text(page.get("/models/list"))
     assert "Loaded" in shown
     assert "data-busy" not in shown
+    ModelInstance.objects.filter(pk=instance.pk).update(memory_bytes=105_000_000)
+    user = User.objects.get()
+    Generation.objects.create(user=user, source="openai", model=model, model_key=model.key, request={}, status="running")
+    shown = text(page.get("/models/list"))
+    assert "105 MB" in shown
+    assert "1 answering" in shown
+    assert "It is answering 1 request right now." in shown
+    unloaded = page.post(f"/models/instances/{instance.pk}/unload")
+    assert "105 MB of memory come back" in unloaded.headers["HX-Trigger"]
     ModelInstance.objects.filter(pk=instance.pk).update(status="failed", error="Out of <memory>")
     shown = text(page.get("/models/list"))
     assert "Out of &lt;memory&gt;" in shown

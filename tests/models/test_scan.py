@@ -88,5 +88,30 @@ def test_the_command_and_the_button(micro: Path, admin: User, stranger: User, mo
     assert client.post("/models/scan").status_code == 403
     with pytest.raises(PermissionDenied):
         scan(principal=Principal(stranger))
+    for nowhere in (tmp_path / "nowhere", Path("~nobody-of-this-name/x"), Path("x" * 5000), Path("a\0b")):
+        with pytest.raises(InvalidRequest, match="cannot be read"):
+            scan(principal=None, folder=nowhere)
     with pytest.raises(InvalidRequest, match="not a folder"):
-        scan(principal=None, folder=tmp_path / "nowhere")
+        scan(principal=None, folder=micro)
+
+
+def test_paths_on_the_server_from_the_browser(micro: Path, admin: User, owner: User, models_dir: Path, tmp_path: Path) -> None:
+    """An admin names a file or a folder; it is linked, and whatever else is named is refused in words."""
+    folder = tmp_path / "lmstudio" / "models"
+    theirs = lay(folder, "bartowski/New-Model-GGUF/new.gguf", micro)
+    client = Client(raise_request_exception=False)
+    client.force_login(admin)
+    assert "1 model added." in client.post("/models/import-path", {"path": f" {folder} "}).headers["HX-Trigger"]
+    linked = client.post("/models/import-path", {"path": str(micro), "mode": "hard-link"})
+    assert "local/micro-test" in linked.content.decode()
+    first, second = InstalledModel.objects.order_by("key")
+    assert (first.file.resolve(), second.file.stat().st_ino) == (theirs, micro.stat().st_ino)
+    (tmp_path / "bad.gguf").write_bytes(hostile_files()["text"])
+    wrong = ["", "a\0b", "/nowhere", "~nobody-of-this-name/x", "/dev/zero", "/etc/passwd", "x" * 5000]
+    wrong += [str(tmp_path / "bad.gguf"), str(second.file)]
+    for path in wrong:
+        assert client.post("/models/import-path", {"path": path}).status_code in {400, 409}, path
+    client.force_login(owner)
+    for path in (str(micro), str(folder)):
+        assert client.post("/models/import-path", {"path": path}).status_code == 403
+    assert InstalledModel.objects.count() == 2

@@ -10,7 +10,7 @@ from django.db.models import Q
 
 from lmweb.errors import Conflict, NotFound
 from models_app import loading
-from models_app.cli import ModelCommand, choose
+from models_app.cli import ModelCommand, choose, size
 from models_app.models import ModelInstance
 
 WAIT_SECONDS = 30.0
@@ -44,9 +44,11 @@ class Command(ModelCommand):
             loading.request_unload(principal=None, instance=instance)
         self._wait([instance.pk for instance in instances])
         names = [instance.identifier for instance in instances]
+        freed = sum(instance.memory_bytes or 0 for instance in instances)
         if options["json"]:
-            return self.print_json({"unloaded": names})
-        self.stdout.write(f"Unloaded {', '.join(names)}" if names else "No model was loaded.")
+            return self.print_json({"unloaded": names, "freedBytes": freed})
+        back = f"; {size(freed)} of memory came back" if freed else ""
+        self.stdout.write(f"Unloaded {', '.join(names)}{back}" if names else "No model was loaded.")
         return None
 
     def _wait(self, keys: list[int]) -> None:
