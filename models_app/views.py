@@ -66,13 +66,21 @@ class Filter:
 
 
 @dataclass(frozen=True)
+class InMemory:
+    """A model in memory as the list shows it: how many requests it answers, and how many wait for it."""
+
+    instance: ModelInstance
+    running: int
+    queued: int
+
+
+@dataclass(frozen=True)
 class Row:
-    """A model as the list shows it: how many of its requests are answered, and how many wait."""
+    """A model as the list shows it."""
 
     model: InstalledModel
     is_missing: bool
-    running: int
-    queued: int
+    in_memory: list[InMemory]
 
 
 View = Callable[Concatenate[HttpRequest, P], HttpResponse]
@@ -154,9 +162,12 @@ def _list_html(request: HttpRequest) -> str:
     wanted = Filter.parse(request)
     found = list(_filtered(visible, wanted)[: wanted.limit + 1])
     models = found[: wanted.limit]
-    work = loading.work_of({model.base_id or model.pk for model in models})
+    work = loading.work_of(instance for model in models for instance in model.instances.all())
     context = {
-        "models": [Row(model, not model.file.is_file(), *work[model.base_id or model.pk]) for model in models],
+        "models": [
+            Row(model, not model.file.is_file(), [InMemory(instance, *work[instance.pk]) for instance in model.instances.all()])
+            for model in models
+        ],
         "more": wanted.limit + PAGE_SIZE if len(found) > wanted.limit else 0,
         "filter": wanted,
         "count": len(sizes),

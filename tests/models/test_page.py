@@ -70,7 +70,7 @@ def test_states(page: Client, model: InstalledModel, node: WorkerNode) -> None:
     assert "data-busy" not in shown
     ModelInstance.objects.filter(pk=instance.pk).update(memory_bytes=105_000_000)
     user = User.objects.get()
-    Generation.objects.create(user=user, source="openai", model=model, model_key=model.key, request={}, status="running")
+    Generation.objects.create(user=user, source="openai", model=model, model_key=model.key, request={}, status="running", node=node.name)
     shown = text(page.get("/models/list"))
     assert "105 MB" in shown
     assert "1 answering" in shown
