@@ -17,7 +17,7 @@ from django.views.decorators.http import require_GET, require_POST
 from lmweb.access import Action, Principal
 from models_app import downloads
 from models_app.models import Download
-from models_app.views import principal_of, shows_errors
+from models_app.views import principal_of, shows_errors, unless_seen
 
 PAGE_SIZE: Final = 50
 MAX_LIMIT: Final = 5_000
@@ -66,10 +66,7 @@ def activity(request: HttpRequest) -> HttpResponse:
 @require_GET
 def activity_list(request: HttpRequest) -> HttpResponse:
     """Return the list alone; 204 when it is what the page shows already (``seen``)."""
-    html = _list_html(request)
-    response = HttpResponse(status=204) if f'data-seen="{request.GET.get("seen", "-")[:64]}"' in html[:400] else HttpResponse(html)
-    patch_cache_control(response, no_store=True)
-    return response
+    return unless_seen(request, _list_html(request))
 
 
 @require_GET

@@ -23,7 +23,16 @@ AUTOMATIC: Final = [("", "Automatic"), *ON_OFF]
 PRECISIONS: Final = [(name, name.upper()) for name in get_args(KvCacheType)]
 
 
-class ConfigForm(forms.Form):
+class ServiceForm(forms.Form):
+    """A form whose values go to a service that may find something wrong with them."""
+
+    def fail(self, error: LmwebError) -> None:
+        """Show an error of a service at its field."""
+        name = {"ttl": "ttl_minutes"}.get(error.param or "", error.param)
+        self.add_error(name if name in self.fields else None, error.message)
+
+
+class ConfigForm(ServiceForm):
     """How to load a model: all of ``LoadConfig``."""
 
     #: What everybody understands; the rest is behind a fold.
@@ -110,11 +119,6 @@ class ConfigForm(forms.Form):
                 data[name] = data[name] == "on"
         return load_config(InstalledModel(key=self.model.key, max_context_length=self.model.max_context_length), data)
 
-    def fail(self, error: LmwebError) -> None:
-        """Show an error of a service at its field."""
-        name = {"ttl": "ttl_minutes"}.get(error.param or "", error.param)
-        self.add_error(name if name in self.fields else None, error.message)
-
 
 class LoadForm(ConfigForm):
     """How to load a model once; starts with the values that Load without options uses."""
@@ -145,7 +149,7 @@ class LoadForm(ConfigForm):
         return self.cleaned_data.get("node") or None
 
 
-class InferenceForm(forms.Form):
+class InferenceForm(ServiceForm):
     """How a model answers where nobody says otherwise. Empty fields take the usual value, shown as placeholder."""
 
     system_prompt = forms.CharField(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from django.http import HttpRequest, HttpResponse
@@ -26,38 +27,40 @@ def show(request: HttpRequest, model_id: int) -> HttpResponse:
 def load_defaults(request: HttpRequest, model_id: int) -> HttpResponse:
     """Save how the model is loaded, or go back to the usual."""
     model, principal = _model(request, model_id), principal_of(request)
-    require(principal, Action.CHANGE_DEFAULTS)
-    if "reset" in request.POST:
-        defaults.set_load_defaults(principal=principal, model=model, config=None)
-        return _saved(model, "loads")
     form = ConfigForm(model, request.POST)
-    if form.is_valid():
-        try:
-            defaults.set_load_defaults(principal=principal, model=model, config=form.config())
-        except InvalidRequest as error:
-            form.fail(error)
-        else:
-            return _saved(model, "loads")
-    return _page(request, model, load_form=form, open_part="loads", status=422)
+
+    def save(*, reset: bool) -> None:
+        defaults.set_load_defaults(principal=principal, model=model, config=None if reset else form.config())
+
+    return _save(request, model, form, save, part="loads", shown_as="load_form")
 
 
 @require_POST
 def inference_defaults(request: HttpRequest, model_id: int) -> HttpResponse:
     """Save how the model answers, or go back to the usual."""
     model, principal = _model(request, model_id), principal_of(request)
-    require(principal, Action.CHANGE_DEFAULTS)
-    if "reset" in request.POST:
-        defaults.set_inference_defaults(principal=principal, model=model, defaults=None)
-        return _saved(model, "answers")
     form = InferenceForm(model, request.POST)
-    if form.is_valid():
+
+    def save(*, reset: bool) -> None:
+        defaults.set_inference_defaults(principal=principal, model=model, defaults=None if reset else form.defaults())
+
+    return _save(request, model, form, save, part="answers", shown_as="inference_form")
+
+
+def _save(
+    request: HttpRequest, model: InstalledModel, form: ConfigForm | InferenceForm, save: Callable[..., None], *, part: str, shown_as: str
+) -> HttpResponse:
+    """Save what a form says, or reset it; what was typed stays in the form when something is wrong with it."""
+    require(principal_of(request), Action.CHANGE_DEFAULTS)
+    reset = "reset" in request.POST
+    if reset or form.is_valid():
         try:
-            defaults.set_inference_defaults(principal=principal, model=model, defaults=form.defaults())
+            save(reset=reset)
         except InvalidRequest as error:
-            form.add_error(error.param if error.param in form.fields else None, error.message)
+            form.fail(error)
         else:
-            return _saved(model, "answers")
-    return _page(request, model, inference_form=form, open_part="answers", status=422)
+            return _saved(model, part)
+    return _page(request, model, status=422, **{shown_as: form})
 
 
 @require_POST
@@ -69,10 +72,10 @@ def template(request: HttpRequest, model_id: int) -> HttpResponse:
     try:
         if "preview" in request.POST:
             found = services.preview_chat_template(principal=principal, model=model, text=text)
-            return _page(request, model, template_text=text, preview=found, open_part="template")
+            return _page(request, model, template_text=text, preview=found)
         services.set_chat_template(principal=principal, model=model, text="" if "reset" in request.POST else text)
     except TemplateError as error:
-        return _page(request, model, template_text=text, template_error=error.message, open_part="template", status=422)
+        return _page(request, model, template_text=text, template_error=error.message, status=422)
     return _saved(model, "template")
 
 

@@ -119,6 +119,13 @@ def json_errors(view: View[P]) -> View[P]:
     return wrapper
 
 
+def unless_seen(request: HttpRequest, html: str) -> HttpResponse:
+    """Answer a page that asks for its list again: 204 when it is what the page shows already (``seen``)."""
+    response = HttpResponse(status=204) if f'data-seen="{request.GET.get("seen", "-")[:64]}"' in html[:400] else HttpResponse(html)
+    patch_cache_control(response, no_store=True)
+    return response
+
+
 def principal_of(request: HttpRequest) -> Principal:
     """Return who looks at a page."""
     return Principal(cast("User", request.user))  # LoginRequiredMiddleware lets nobody else in
@@ -148,10 +155,7 @@ def my_models(request: HttpRequest) -> HttpResponse:
 @require_GET
 def model_list(request: HttpRequest) -> HttpResponse:
     """Return the list alone; 204 when it is what the page shows already (``seen``)."""
-    html = _list_html(request)
-    response = HttpResponse(status=204) if f'data-seen="{request.GET.get("seen", "-")[:64]}"' in html[:400] else HttpResponse(html)
-    patch_cache_control(response, no_store=True)
-    return response
+    return unless_seen(request, _list_html(request))
 
 
 def _list_html(request: HttpRequest) -> str:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from lmweb.errors import InvalidModelFile
-from models_app import gguf
+from models_app import gguf, gguf_header
 from tests.micro_models import STARTER_GGUF, make_micro
 from tests.models.hostile import VALID, RawTensor, hostile_files, mutants, numbers, string, strings, uint32
 
@@ -51,8 +51,10 @@ def test_model_without_chat_template(tmp_path: Path) -> None:
 def test_tensor_types_agree_with_the_reference() -> None:
     sizes = {kind.value: (kind.name, *reference.GGML_QUANT_SIZES[kind]) for kind in reference.GGMLQuantizationType}
     sizes[9] = ("Q8_1", 32, 36)  # the package counts two floats where the engine has two halves
-    assert {code: sizes[code] for code in gguf.TENSOR_TYPES if code in sizes} == {c: t for c, t in gguf.TENSOR_TYPES.items() if c in sizes}
-    assert set(sizes) <= set(gguf.TENSOR_TYPES)
+    assert {code: sizes[code] for code in gguf_header.TENSOR_TYPES if code in sizes} == {
+        c: t for c, t in gguf_header.TENSOR_TYPES.items() if c in sizes
+    }
+    assert set(sizes) <= set(gguf_header.TENSOR_TYPES)
 
 
 def test_smallest_valid_file(tmp_path: Path) -> None:
