@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -61,13 +62,14 @@ class BootstrapError(Exception):
 
 @dataclass(frozen=True)
 class State:
-    """What an environment was made from: digests of the lock files (``dev`` empty without the tools), and how llama.cpp was built."""
+    """What an environment was made from: digests of the lock files (``dev`` and ``mlx`` empty without them), and how llama.cpp was built."""
 
     python: str
     runtime: str
     dev: str
     gpu: str
     cmake_args: str
+    mlx: str = ""
 
 
 def enter(repository: Path, *, dev: bool) -> None:
@@ -109,13 +111,21 @@ def wanted(repository: Path, target: Path, *, dev: bool) -> State:
     gpu = env.text("LMWEB_GPU").lower()
     if gpu and gpu not in GPU_FLAGS:
         raise BootstrapError(f"LMWEB_GPU must be one of {', '.join(GPU_FLAGS)}, not '{gpu}'.")
+    tools = dev or bool(present and present.dev)
+    mlx = (tools and has_mlx()) or env.flag("LMWEB_MLX") or bool(present and present.mlx)
     return State(
         python=f"{sys.version_info[0]}.{sys.version_info[1]}",
         runtime=digest(repository / "requirements" / "runtime.txt"),
-        dev=digest(repository / "requirements" / "dev.txt") if dev or (present and present.dev) else "",
+        dev=digest(repository / "requirements" / "dev.txt") if tools else "",
+        mlx=digest(repository / "requirements" / "mlx.txt") if mlx else "",
         gpu=gpu or (present.gpu if present else "cpu"),
         cmake_args=env.text("CMAKE_ARGS") or (present.cmake_args if present else ""),
     )
+
+
+def has_mlx() -> bool:
+    """Whether MLX exists for this machine."""
+    return sys.platform == "linux" or (sys.platform == "darwin" and platform.machine() == "arm64")
 
 
 def missing(target: Path, state: State) -> bool:
@@ -164,7 +174,10 @@ def make(repository: Path, target: Path, *, dev: bool) -> None:
         venv_module.EnvBuilder(with_pip=False, symlinks=True).create(target)
     (target / UNFINISHED).touch()
     runtime = requirements(repository / "requirements" / "runtime.txt")
-    packages = runtime | (requirements(repository / "requirements" / "dev.txt") if state.dev else {})
+    wanted_too = [name for name, value in (("mlx", state.mlx), ("dev", state.dev)) if value]
+    packages = dict(runtime)
+    for name in wanted_too:
+        packages |= requirements(repository / "requirements" / f"{name}.txt")
     engine = {COMPILED: packages.pop(COMPILED)}
     install(target, packages, Progress("packages", len(packages)))
     install(target, engine, Progress("compiling llama.cpp"), build=state, rebuild=rebuild)

@@ -138,6 +138,9 @@ class Runner:
         """Start a generation; returns what is to be said at once: that it was refused, is complete already, or was shortened."""
         try:
             job = self._prepare(message)
+            reason = self._ended(job)
+            if not reason:
+                self.engine.add(job.sequence)
         except LmwebError as error:
             info = ErrorInfo(code=error.code, message=error.message, param=error.param, details=error.details)
             return Output(generation_id=message.generation_id, error=info, stats=Stats(stop_reason="failed"))
@@ -145,11 +148,10 @@ class Runner:
             logger.exception("generation %s could not be prepared", message.generation_id)
             info = ErrorInfo(code=LmwebError.code, message="The request could not be prepared. The runner's log says more.")
             return Output(generation_id=message.generation_id, error=info, stats=Stats(stop_reason="failed"))
-        if reason := self._ended(job):
+        if reason:
             events = job.parser.finish()
             return Output(generation_id=message.generation_id, events=events, stats=job.stats(_stop_reason(job, reason)))
         self.jobs[message.generation_id] = job
-        self.engine.add(job.sequence)
         if not job.dropped_messages or message.output_tokens:
             return None
         return Output(generation_id=message.generation_id, events=[job.overflow_event()])

@@ -56,6 +56,7 @@ class Checkout:
         )
         self.lock("1.0")
         (root / "requirements" / "dev.txt").write_text(wheel(self.wheels, "tool", "1.0", {"tool.py": ""}))
+        (root / "requirements" / "mlx.txt").write_text(wheel(self.wheels, "mlx-lm", "1.0", {"mlx_lm.py": ""}))
 
     def lock(self, version: str) -> None:
         small = wheel(self.wheels, "small", version, {"small.py": f"version = {version!r}\n"})
@@ -85,7 +86,7 @@ def unpacked_pip(tmp_path_factory):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch, unpacked_pip):
-    for name in ("LMWEB_GPU", "CMAKE_ARGS", "PIP_INDEX_URL", "UV_INDEX_URL"):
+    for name in ("LMWEB_GPU", "LMWEB_MLX", "CMAKE_ARGS", "PIP_INDEX_URL", "UV_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
     made = Checkout(tmp_path / "check out")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -125,8 +126,21 @@ def test_changed_lock_file_and_tools_are_followed(checkout):
     assert checkout.python("import small; print(small.version)") == "2.0"
     assert not checkout.complete(dev=True)
     checkout.make(dev=True)
-    assert checkout.python("import tool; print('there')") == "there"
+    assert checkout.python("import tool, mlx_lm; print('there')") == "there"
     assert checkout.complete(dev=False), "the tools do no harm to other commands"
+
+
+def test_the_mlx_engine_comes_when_asked_for_and_stays(checkout, monkeypatch):
+    checkout.make()
+    monkeypatch.setenv("LMWEB_MLX", "on")
+    assert not checkout.complete()
+    checkout.make()
+    assert checkout.python("import mlx_lm; print('there')") == "there"
+    monkeypatch.delenv("LMWEB_MLX")
+    assert checkout.complete(), "once is enough"
+    checkout.lock("2.0")
+    checkout.make()
+    assert bootstrap.read_state(checkout.venv).mlx
 
 
 def test_interrupted_one_is_made_anew(checkout):

@@ -22,7 +22,8 @@ import msgspec
 import pytest
 
 from tests.micro_models import make_micro
-from tests.workers.test_engine import EXACT, WORDS, open_engine
+from tests.workers.engines import WORDS
+from tests.workers.test_llama_engine import EXACT, open_engine
 from workers.engines.llama_context import Context
 from workers.engines.llama_cpp import LlamaEngine
 from workers.engines.speculation import StepTimes
@@ -301,7 +302,7 @@ def test_everything_says_what_it_says_alone(
 ) -> None:
     monkeypatch.setattr("workers.memory.EXTRA_CELLS_BYTES", 0)
     monkeypatch.setattr("workers.scheduler.RESERVED_OUTPUT", (0, 8, 512)[seed % 3])  # admit too many: they will be preempted
-    monkeypatch.setattr("workers.engines.llama_cpp._park_bytes", lambda: (200_000, 50_000_000)[seed % 2])
+    monkeypatch.setattr("workers.engines.llama_cpp.park_bytes", lambda: (200_000, 50_000_000)[seed % 2])
     if seed % 4:
         monkeypatch.setattr(StepTimes, "expect", lambda _times, tokens: 1.0 + 0.001 * tokens)  # guess whenever one can
     story = Story(files, seed)

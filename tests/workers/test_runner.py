@@ -1,27 +1,30 @@
-"""The runner without its process: what only it can refuse, and what it says of a generation that was complete already."""
+"""The runner without its process, on every engine: what only it can refuse, how answers end, what it says of one that was complete."""
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 
 import pytest
 
-from tests.micro_models import make_micro
+from tests.live import REPOSITORY
+from tests.workers.engines import micro_for, open_engine
 from workers.engines import registry
-from workers.events import ContextOverflow, MessageDelta, Stats
+from workers.events import ContextOverflow, MessageDelta, Stats, ToolCallArguments
 from workers.protocol import Channel, Output, RunnerMessage, Step, Submit
 from workers.reports import Outbox, StepLog
 from workers.runner import Runner
-from workers.schemas import ChatMessage, GenerationRequest, LoadConfig, OutputFormat, SamplingParams
+from workers.schemas import ChatMessage, GenerationRequest, OutputFormat, SamplingParams, Tool
 
 DEFAULTS = SamplingParams()
 
 
-@pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    path = make_micro(tmp_path_factory.mktemp("runner") / "micro.gguf")
-    engine = registry.factory("llama.cpp")(str(path), LoadConfig(cpu_threads=1, context_length=512, parallel=4), lambda _f: None)
+@pytest.fixture(scope="module", params=list(registry.CARDS))
+def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """Return a runner of each engine."""
+    path = micro_for(request.param, tmp_path_factory.mktemp("runner"))
+    engine = open_engine(request.param, path, context_length=512, parallel=4)
     yield Runner(engine, StepLog(""))
     engine.close()
 
@@ -93,6 +96,45 @@ def test_an_answer_without_a_limit_ends_when_it_is_as_long_as_the_context(runner
     outputs = finish(runner, submit(runner, sampling=SamplingParams(temperature=0.0), context_overflow="rollingWindow"))
     assert outputs[-1].stats is not None
     assert (outputs[-1].stats.stop_reason, outputs[-1].stats.total_output_tokens) == ("contextLengthReached", 512)
+
+
+def test_a_stop_string_ends_an_answer_and_the_counts_are_right(runner: Runner) -> None:
+    sampling = SamplingParams(temperature=0.0, repeat_penalty=1.0, max_tokens=24)
+    whole = finish(runner, submit(runner, sampling=sampling))
+    text = "".join(event.content for output in whole for event in output.events if isinstance(event, MessageDelta))
+    stats = whole[-1].stats
+    assert stats is not None
+    assert (stats.stop_reason, stats.total_output_tokens) == ("maxPredictedTokensReached", 24)
+    assert stats.input_tokens == len(runner.engine.tokenize("<|im_start|>user\ntime<|im_end|>\n<|im_start|>assistant\n", add_bos=True))
+    stop = text[20:26]
+    cut = finish(runner, submit(runner, sampling=SamplingParams(temperature=0.0, repeat_penalty=1.0, stop=[stop])))
+    assert "".join(event.content for output in cut for event in output.events if isinstance(event, MessageDelta)) == text[:20]
+    assert cut[-1].stats is not None
+    assert cut[-1].stats.stop_reason == "stopStringFound"
+    assert cut[-1].stats.total_output_tokens == sum(len(output.tokens) for output in cut) < 24
+
+
+def test_a_tool_that_must_be_called_is_called_with_arguments_that_fit(runner: Runner) -> None:
+    parameters = '{"properties": {"n": {"enum": [1, 2, 3]}}, "required": ["n"], "additionalProperties": false}'
+    sampling = SamplingParams(temperature=1.0, seed=4, max_tokens=200)
+    tools = (Tool(name="pick", parameters=parameters),)
+    message = submit(runner, sampling=sampling, tools=tools, tool_choice="required", parallel_tool_calls=False)
+    template = (REPOSITORY / "models_app" / "starter" / "chat_template.jinja").read_text()
+    outputs = finish(runner, Submit(generation_id="t", owner="a", request=message.request, chat_template=template))
+    events = [event for output in outputs for event in output.events]
+    arguments = "".join(event.content for event in events if isinstance(event, ToolCallArguments))
+    assert json.loads(arguments)["n"] in {1, 2, 3}
+    assert outputs[-1].stats is not None
+    assert outputs[-1].stats.stop_reason == "toolCalls"
+
+
+def test_what_the_engine_lacks_is_refused_before_it_runs(runner: Runner) -> None:
+    message = submit(runner, draft_model="a/b")
+    refused = runner.submit(Submit(generation_id="d", owner="a", request=message.request, draft_path="/nowhere"))
+    assert refused is not None
+    assert refused.error is not None
+    assert not runner.jobs
+    assert not runner.has_work
 
 
 def test_fast_steps_leave_together_but_first_words_and_ends_at_once() -> None:

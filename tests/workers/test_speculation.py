@@ -11,8 +11,9 @@ from bench.make_gguf import PRESETS, Vocabulary, write_model
 from lmweb.errors import InvalidRequest
 from models_app.models import InstalledModel, ModelInstance
 from tests.micro_models import make_micro, starter_vocabulary
+from tests.workers.engines import WORDS, finish, sequence
 from tests.workers.support import Bench, wait_for
-from tests.workers.test_engine import WORDS, alone, finish, open_engine, sequence
+from tests.workers.test_llama_engine import alone, open_engine
 from workers.engines.base import Sequence
 from workers.engines.llama_cpp import LlamaEngine
 from workers.engines.speculation import Chance, Lookup, Speculation, StepTimes, best_length

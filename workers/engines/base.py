@@ -161,7 +161,7 @@ class Engine(Protocol):
     info: EngineInfo
 
     def embedder(self) -> Embedder:
-        """Return what computes embeddings. Raises ``ModelLoadFailed`` when there is no memory for it."""
+        """Return what computes embeddings. Raises ``ModelLoadFailed`` when there is no memory for it, ``InvalidRequest`` if it has none."""
 
     def tokenize(self, text: str, *, add_bos: bool) -> list[int]:
         """Return the tokens of a text in which special tokens count as such."""
@@ -182,7 +182,10 @@ class Engine(Protocol):
         """
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. It is admitted, perhaps after others, in one of the next steps."""
+        """Queue a sequence. It is admitted, perhaps after others, in one of the next steps.
+
+        Raises ``InvalidRequest`` with the reason if it asks for what this engine cannot do.
+        """
 
     def remove(self, sequence_id: str) -> None:
         """Take a sequence out, finished or not; its slot is free at once. Unknown ids are ignored."""
@@ -204,5 +207,5 @@ class Engine(Protocol):
         """Free everything."""
 
 
-#: Loads a model file; reports the fraction that is read. Raises ``lmweb.errors.ModelLoadFailed``.
+#: Loads a model by its first file; reports the fraction that is read. Raises ``lmweb.errors.ModelLoadFailed``.
 Factory = Callable[[str, LoadConfig, Callable[[float], None]], Engine]

@@ -11,6 +11,9 @@ from enum import StrEnum
 from importlib import metadata
 from types import MappingProxyType
 
+from lmweb.errors import InvalidRequest
+from workers.schemas import LoadConfig
+
 
 class Feature(StrEnum):
     """What engines differ in. The value names it in JSON."""
@@ -27,6 +30,7 @@ class Feature(StrEnum):
     NUM_EXPERTS = "num_experts"
     GPU_LAYERS = "gpu_layers"
     FLASH_ATTENTION = "flash_attention"
+    CPU_THREADS = "cpu_threads"
     FURTHER_SAMPLERS = "further_samplers"
     DRY = "dry"
 
@@ -46,9 +50,21 @@ LABELS: Mapping[Feature, str] = MappingProxyType(
         Feature.NUM_EXPERTS: "Number of experts",
         Feature.GPU_LAYERS: "Part of the layers on the GPU",
         Feature.FLASH_ATTENTION: "Flash attention on or off",
+        Feature.CPU_THREADS: "Number of CPU threads",
         Feature.FURTHER_SAMPLERS: "Typical sampling, XTC, Mirostat",
         Feature.DRY: "DRY sampling",
     }
+)
+
+#: Which of them a load asks for, and the option that does.
+_ASKED: tuple[tuple[Feature, str, Callable[[LoadConfig], bool]], ...] = (
+    (Feature.DRAFT_MODEL, "draft_model", lambda config: bool(config.draft_model)),
+    (Feature.PROMPT_LOOKUP, "prompt_lookup", lambda config: config.prompt_lookup),
+    (Feature.KV_CACHE_TYPES, "k_cache_type", lambda config: config.k_cache_type != "f16"),
+    (Feature.KV_CACHE_TYPES, "v_cache_type", lambda config: config.v_cache_type != "f16"),
+    (Feature.NUM_EXPERTS, "num_experts", lambda config: config.num_experts is not None),
+    (Feature.GPU_LAYERS, "gpu_layers", lambda config: config.gpu_layers > 0),
+    (Feature.FLASH_ATTENTION, "flash_attention", lambda config: config.flash_attention is False),
 )
 
 
@@ -78,6 +94,12 @@ class EngineCard:
     def is_installed(self) -> bool:
         """Whether all its packages are there."""
         return all(map(version_of, self.packages))
+
+    def check(self, config: LoadConfig) -> None:
+        """Raise ``InvalidRequest`` with the reason if a load asks for what this engine cannot do."""
+        for feature, option, is_asked in _ASKED:
+            if feature in self.lacks and is_asked(config):
+                raise InvalidRequest(f"{self.lacks[feature]} Leave '{option}' out.", param=option)
 
 
 @dataclass(frozen=True, slots=True)

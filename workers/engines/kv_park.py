@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -65,3 +66,9 @@ class KvPark:
 
     def _drop(self, key: int) -> None:
         self.used_bytes -= len(self._entries.pop(key).data)
+
+
+def park_bytes() -> int:
+    """Return the RAM for parked states: a tenth of the machine's, at most 2 GiB."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(2 * 1024**3, total // 10))

@@ -10,53 +10,19 @@ from dataclasses import dataclass, field
 from lmweb.errors import InvalidRequest
 from workers.constraints import ConstraintFactory
 from workers.engines.base import Engine, EngineInfo, Logprob, Sequence, StepResult, TokenTaker
-from workers.engines.kv_park import MIN_TOKENS, KvPark, Parked
+from workers.engines.kv_park import MIN_TOKENS, KvPark, Parked, park_bytes
 from workers.engines.llama_context import Context, ContextSize, KvCache, Model
 from workers.engines.llama_draft import DraftModel, load_draft
 from workers.engines.llama_embedding import LlamaEmbedder, LlamaEmbeddingEngine, declared_pooling
-from workers.engines.llama_sampling import TokenSampler, likeliest, log_probabilities
+from workers.engines.pace import Pace
+from workers.engines.sampling import Row, TokenSampler, likeliest, log_probabilities, make_dry
 from workers.engines.speculation import Guesses, Speculation
 from workers.memory import kv_cells, logits_rows
-from workers.parsing import reasoning
-from workers.parsing.harmony import HarmonySplitter
-from workers.parsing.tools import families
+from workers.parsing.visible import VISIBLE_SPECIALS
 from workers.scheduler import CPU_TILE, Admission, Chunk, Scheduler, Slot
 from workers.schemas import LoadConfig
 
 import llama_cpp.llama_cpp as C  # isort: skip
-
-#: While anybody decodes, a step that also takes in a prompt should not last longer than this, or than a few plain steps.
-TARGET_STEP_SECONDS = 0.2
-TARGET_STEP_FACTOR = 6.0
-#: Special tokens that parsers need to see in the text.
-VISIBLE_SPECIALS = families.VISIBLE | reasoning.VISIBLE | HarmonySplitter.visible
-
-
-@dataclass(slots=True)
-class _Pace:
-    """Running estimates that size the prompt share of a step: seconds per prompt token, seconds of a step without prompts."""
-
-    per_prompt_token: float = 0.0
-    plain_step: float = 0.0
-
-    def budget(self) -> int:
-        """Return how many prompt tokens fit into a step beside decoding sequences."""
-        if not self.per_prompt_token:
-            return 64
-        target = max(TARGET_STEP_SECONDS, TARGET_STEP_FACTOR * self.plain_step)
-        return int(max(0.0, target - self.plain_step) / self.per_prompt_token)
-
-    def note(self, seconds: float, prefill_tokens: int, decoding: int) -> None:
-        """Learn from a step."""
-        if prefill_tokens >= 16:
-            rest = self.plain_step if decoding else 0.0
-            self.per_prompt_token = _blend(self.per_prompt_token, max(seconds - rest, seconds * 0.25) / prefill_tokens)
-        elif not prefill_tokens:
-            self.plain_step = _blend(self.plain_step, seconds)
-
-
-def _blend(old: float, new: float) -> float:
-    return new if not old else 0.7 * old + 0.3 * new
 
 
 @dataclass(slots=True)
@@ -75,7 +41,7 @@ class LlamaEngine:
     _samplers: dict[str, TokenSampler] = field(default_factory=dict)
     _pieces: dict[int, bytes] = field(default_factory=dict)
     _constraints: ConstraintFactory | None = None
-    _pace: _Pace = field(default_factory=_Pace)
+    _pace: Pace = field(default_factory=Pace)
     _embedder: LlamaEmbedder | None = None
     _crowded: bool = False
 
@@ -187,7 +153,8 @@ class LlamaEngine:
             assert chunk.slot.sequence is not None
             chunk.slot.n_kv = chunk.end
             result.prefilled.append((chunk.slot.sequence, min(chunk.end, len(chunk.slot.sequence.prompt))))
-        self._charge(decoding, chunks, seconds)
+        prompts = [(chunk.slot.sequence.owner, chunk.end - chunk.start) for chunk in chunks if chunk.slot.sequence]
+        self._pace.charge(self.scheduler.fair, [slot.sequence.owner for slot in decoding if slot.sequence], prompts, seconds)
         return result
 
     def queue(self) -> list[Sequence]:
@@ -218,8 +185,10 @@ class LlamaEngine:
             sequence.cached = min(n_kv, len(sequence.prompt))
         self.scheduler.occupy(slot, sequence, n_kv, lender=lender)
         if sequence.id not in self._samplers:
+            history = sequence.prompt + sequence.output
+            dry = make_dry(sequence.sampling, self.model.vocab, history)
             self._samplers[sequence.id] = TokenSampler(
-                sequence.sampling, self.model, sequence.prompt + sequence.output, drawn=len(sequence.output)
+                sequence.sampling, self.model.vocab_size, history, drawn=len(sequence.output), dry=dry
             )
 
     def _worth_keeping(self, sequence: Sequence, n: int) -> int:
@@ -286,7 +255,7 @@ class LlamaEngine:
         assert sequence is not None
         logits = self.context.logits(index)
         before = log_probabilities(logits) if sequence.top_logprobs is not None else None
-        token = self._samplers[sequence.id].sample(logits, self.context.handle, index, sequence.constraint)
+        token = self._samplers[sequence.id].sample(logits, sequence.constraint, row=Row(self.context.handle, index))
         sequence.output.append(token)
         slot.tokens.append(token)
         report = None if before is None else Logprob(token, float(before[token]), likeliest(before, sequence.top_logprobs or 0))
@@ -330,17 +299,6 @@ class LlamaEngine:
         assert sequence is not None
         self._vacate(slot)
         self.scheduler.waiting.append(sequence)
-
-    def _charge(self, decoding: list[Slot], chunks: list[Chunk], seconds: float) -> None:
-        """Share the time of a step among those who took part: prompts by their tokens, the rest evenly among the decoding."""
-        prompt_seconds = seconds if not decoding else min(seconds, self._pace.per_prompt_token * sum(c.end - c.start for c in chunks))
-        total = sum(chunk.end - chunk.start for chunk in chunks) or 1
-        for chunk in chunks:
-            if chunk.slot.sequence:
-                self.scheduler.fair.charge(chunk.slot.sequence.owner, prompt_seconds * (chunk.end - chunk.start) / total)
-        for slot in decoding:
-            if slot.sequence:
-                self.scheduler.fair.charge(slot.sequence.owner, (seconds - prompt_seconds) / len(decoding))
 
     def _make_room(self, *, guessed: bool) -> StepResult:
         """Handle a full KV cache: without guesses there may be room; else the youngest sequence is parked and waits; a lone one fails."""
@@ -407,7 +365,7 @@ def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) ->
     )
     scheduler = Scheduler(slots=config.parallel, cells=cells, batch_tokens=batch_tokens, can_share=model.can_cut, on_cpu=not on_gpu)
     speculation = Speculation(lookup=config.prompt_lookup and model.can_cut)
-    return LlamaEngine(model, context, info, scheduler, KvPark(_park_bytes()), logits_rows(config), speculation, make_embedder, make_draft)
+    return LlamaEngine(model, context, info, scheduler, KvPark(park_bytes()), logits_rows(config), speculation, make_embedder, make_draft)
 
 
 def _embedding_engine(model: Model, embedder: LlamaEmbedder, config: LoadConfig) -> LlamaEmbeddingEngine:
@@ -424,9 +382,3 @@ def _embedding_engine(model: Model, embedder: LlamaEmbedder, config: LoadConfig)
         can_generate=False,
     )
     return LlamaEmbeddingEngine(model, embedder, info)
-
-
-def _park_bytes() -> int:
-    """Return the RAM for parked states: a tenth of the machine's, at most 2 GiB."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(2 * 1024**3, total // 10))

@@ -6,18 +6,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lmweb.errors import ModelLoadFailed
-from workers.engines import card, llama_card
+from workers.engines import card, llama_card, mlx_card
 
 if TYPE_CHECKING:  # workers read ``FORMATS``; they need not hold numpy and what else the engines use
     from workers.engines.base import Factory
 
-CARDS = {each.name: each for each in (llama_card.CARD,)}
+CARDS = {each.name: each for each in (llama_card.CARD, mlx_card.CARD)}
 FORMATS = {name: each.name for each in CARDS.values() for name in each.formats}
 
 
 def describe() -> list[card.Description]:
     """Return all engines as they are on this machine, also those that are not installed. Imports none of their libraries."""
     return [card.describe(each) for each in CARDS.values()]
+
+
+def card_of(format_: str) -> card.EngineCard:
+    """Return the card of the engine that reads a format. Raises ``KeyError`` for one that none reads."""
+    return CARDS[FORMATS[format_]]
+
+
+def lack(format_: str, feature: card.Feature) -> str:
+    """Return why models of a format cannot do something, empty if they can."""
+    return card_of(format_).lacks.get(feature, "")
 
 
 def factory(name: str) -> Factory:

@@ -1,4 +1,4 @@
-"""Choosing the next token from a row of logits.
+"""Choosing the next token from a row of logits, for every engine: the same seed then means the same everywhere.
 
 Bias and penalties touch few tokens, so they are applied to the row in place with numpy (microseconds, where llama.cpp's own
 penalties visit the whole vocabulary). Greedy is then an argmax; otherwise a C chain does the rest, always with a top-k in
@@ -10,14 +10,13 @@ from __future__ import annotations
 import ctypes
 from collections import Counter, deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp.llama_cpp as C
 import numpy as np
 from numpy.typing import NDArray
 
 from workers.constraints import Constraint
-from workers.engines.llama_context import Model
 from workers.schemas import SamplingParams
 
 #: How many last tokens the penalties look at, as in llama.cpp and LM Studio.
@@ -31,25 +30,32 @@ _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float3
 _RANDOM_SEED = 0xFFFFFFFF  # llama.cpp draws a seed of its own for this one
 
 
+class Row(NamedTuple):
+    """Where llama.cpp holds the row: with this its samplers need no copy. ``context`` is a pointer, ``entry`` that of the batch."""
+
+    context: Any
+    entry: int
+
+
 class TokenSampler:
     """The sampling state of one sequence.
 
     ``history`` are the prompt's tokens; ``drawn`` how many tokens an interrupted run sampled already, whose random numbers
-    are skipped so that a resumed run goes on exactly where it stopped.
+    are skipped so that a resumed run goes on exactly where it stopped. ``dry`` is the sampler of ``make_dry``, if there is one.
     """
 
-    def __init__(self, params: SamplingParams, model: Model, history: list[int], *, drawn: int = 0) -> None:
+    def __init__(self, params: SamplingParams, vocab_size: int, history: list[int], *, drawn: int = 0, dry: Any = None) -> None:
         self._params = params
         self._recent: deque[int] = deque(history[-PENALTY_WINDOW:], maxlen=PENALTY_WINDOW)
         self._penalises = params.repeat_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         self._bias_tokens = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
         self._bias = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
-        self._dry: Any = _make_dry(params, model, history)
+        self._dry = dry
         self._drawn = drawn
-        self._chain: Any = None if params.temperature <= 0 else self._make_chain(model, drawn)
+        self._chain: Any = None if params.temperature <= 0 else self._make_chain(vocab_size, drawn)
 
-    def sample(self, logits: NDArray[np.float32], context: Any, index: int, constraint: Constraint | None = None) -> int:
-        """Return the next token of batch entry ``index``, whose logits are given (and changed)."""
+    def sample(self, logits: NDArray[np.float32], constraint: Constraint | None = None, *, row: Row | None = None) -> int:
+        """Return the next token. ``logits`` are changed; they are those of ``row`` if that is given."""
         if self._bias_tokens.size:
             logits[self._bias_tokens] += self._bias
         if self._penalises and self._recent:
@@ -61,13 +67,22 @@ class TokenSampler:
             constraint.mask(logits)
         if self._has_xtc:
             self._renew_xtc()
-        token = int(logits.argmax()) if self._chain is None else int(C.llama_sampler_sample(self._chain, context, index))
+        token = int(logits.argmax()) if self._chain is None else self._draw(logits, row)
         self._drawn += 1
         if limited and constraint is not None:
             constraint.accept(token)
         if self._dry is not None:
             C.llama_sampler_accept(self._dry, token)
         self._recent.append(token)
+        return token
+
+    def _draw(self, logits: NDArray[np.float32], row: Row | None) -> int:
+        if row is not None:
+            return int(C.llama_sampler_sample(self._chain, row.context, row.entry))
+        candidates, _data = _candidates(logits)  # samplers may move the pointer in the one; the other has to stay alive
+        C.llama_sampler_apply(self._chain, ctypes.byref(candidates))
+        token = int(candidates.data[candidates.selected].id)
+        C.llama_sampler_accept(self._chain, token)
         return token
 
     @property
@@ -98,14 +113,14 @@ class TokenSampler:
         row = np.where(row <= 0, row * repeat, row / repeat)
         logits[tokens] = row - seen * np.float32(self._params.frequency_penalty) - np.float32(self._params.presence_penalty)
 
-    def _make_chain(self, model: Model, drawn: int) -> Any:
+    def _make_chain(self, vocab_size: int, drawn: int) -> Any:
         params = self._params
         seed = (params.seed or 0) & 0xFFFFFFFF
         seed -= seed == _RANDOM_SEED
         settings = C.llama_sampler_chain_default_params()
         settings.no_perf = True
         chain = C.llama_sampler_chain_init(settings)
-        for sampler in self._mirostat(model, seed) if params.mirostat else self._truncation(seed, drawn):
+        for sampler in self._mirostat(vocab_size, seed) if params.mirostat else self._truncation(seed, drawn):
             C.llama_sampler_chain_add(chain, sampler)
         return chain
 
@@ -126,11 +141,11 @@ class TokenSampler:
         _skip_draws(dist, drawn)
         yield dist
 
-    def _mirostat(self, model: Model, seed: int) -> Iterator[Any]:
+    def _mirostat(self, vocab_size: int, seed: int) -> Iterator[Any]:
         params = self._params
         yield C.llama_sampler_init_temp(params.temperature)
         if params.mirostat == 1:
-            yield C.llama_sampler_init_mirostat(model.vocab_size, seed, params.mirostat_tau, params.mirostat_eta, 100)
+            yield C.llama_sampler_init_mirostat(vocab_size, seed, params.mirostat_tau, params.mirostat_eta, 100)
         else:
             yield C.llama_sampler_init_mirostat_v2(seed, params.mirostat_tau, params.mirostat_eta)
 
@@ -142,13 +157,13 @@ class TokenSampler:
         self._chain = self._dry = None
 
 
-def _make_dry(params: SamplingParams, model: Model, history: list[int]) -> Any:
-    """Return the DRY sampler with its memory of the prompt, or None if it is off."""
+def make_dry(params: SamplingParams, vocab: Any, history: list[int]) -> Any:
+    """Return the DRY sampler with its memory of the prompt, or None if it is off. ``vocab`` is a pointer to llama.cpp's vocabulary."""
     if params.dry_multiplier <= 0.0:
         return None
     breakers = (ctypes.c_char_p * len(DRY_BREAKERS))(*DRY_BREAKERS)
     dry = C.llama_sampler_init_dry(
-        model.vocab, params.dry_multiplier, params.dry_base, params.dry_allowed_length, DRY_WINDOW, breakers, len(DRY_BREAKERS)
+        vocab, params.dry_multiplier, params.dry_base, params.dry_allowed_length, DRY_WINDOW, breakers, len(DRY_BREAKERS)
     )
     for token in history[-DRY_WINDOW:]:
         C.llama_sampler_accept(dry, token)
@@ -157,13 +172,17 @@ def _make_dry(params: SamplingParams, model: Model, history: list[int]) -> Any:
 
 def _apply_in_place(sampler: Any, logits: NDArray[np.float32]) -> None:
     """Let a sampler that changes logits work on a row."""
+    candidates, data = _candidates(logits)
+    C.llama_sampler_apply(sampler, ctypes.byref(candidates))
+    logits[data["id"]] = data["logit"]
+
+
+def _candidates(logits: NDArray[np.float32]) -> tuple[Any, NDArray[Any]]:
+    """Return a row as llama.cpp's samplers take it, with the array that it points into."""
     data = np.zeros(logits.size, dtype=_TOKEN_DATA)
     data["id"] = np.arange(logits.size)
     data["logit"] = logits
-    pointer = data.ctypes.data_as(ctypes.POINTER(C.llama_token_data))
-    candidates = C.llama_token_data_array(pointer, logits.size, -1, False)
-    C.llama_sampler_apply(sampler, ctypes.byref(candidates))
-    logits[data["id"]] = data["logit"]
+    return C.llama_token_data_array(data.ctypes.data_as(ctypes.POINTER(C.llama_token_data)), logits.size, -1, False), data
 
 
 def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,0 +1,109 @@
+"""What only the llama.cpp engine does; what all engines do is in ``test_engines``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.micro_models import make_micro
+from tests.workers import engines
+from tests.workers.engines import GREEDY, WORDS, finish, sequence, sliding, step
+from workers.engines.base import Sequence
+from workers.engines.llama_cpp import LlamaEngine
+from workers.scheduler import Scheduler
+from workers.schemas import SamplingParams
+
+#: Without rounding to 16 bits, batched results differ from single ones so little that sampled outputs of any length agree.
+EXACT = {"k_cache_type": "f32", "v_cache_type": "f32", "flash_attention": False}
+
+
+def open_engine(path: Path, **config: object) -> LlamaEngine:
+    engine = engines.open_engine("llama.cpp", path, **config)
+    assert isinstance(engine, LlamaEngine)
+    return engine
+
+
+def alone(path: Path, text: str, **options: object) -> list[int]:
+    return engines.alone("llama.cpp", path, text, **options)
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an F32 micro model, whose results do not depend on the batch's shape."""
+    return make_micro(tmp_path_factory.mktemp("engine") / "micro.gguf")
+
+
+@pytest.fixture
+def engine(micro: Path) -> Iterator[LlamaEngine]:
+    engine = open_engine(micro, context_length=1024, parallel=8)
+    yield engine
+    engine.close()
+
+
+def test_on_a_cpu_prompts_and_answers_take_turns(engine: LlamaEngine, micro: Path) -> None:
+    first = sequence(engine, "first", "time", limit=40)
+    engine.add(first)
+    step(engine)
+    long = sequence(engine, "long", " ".join(WORDS * 10), limit=4)
+    engine.add(long)
+    mixed, turns = 0, []
+    while not long.output:
+        result = step(engine)
+        mixed += bool(result.decode_sequences and result.prefill_tokens)
+        turns.append("p" if result.prefill_tokens else "d")
+    assert not mixed
+    assert "pp" not in "".join(turns)
+    assert finish(engine) == []
+    assert first.output == alone(micro, "time", limit=40)
+
+
+def test_whoever_had_to_go_comes_back_when_those_who_stayed_are_cancelled(micro: Path) -> None:
+    engine = open_engine(micro, context_length=1024, parallel=4)
+    stays, goes = (sequence(engine, name, f"{name} time", limit=8) for name in ("stays", "goes"))
+    engine.add(stays)
+    engine.add(goes)
+    step(engine)
+    engine._make_room(guessed=False)
+    engine.remove("stays")
+    assert len(finish(engine) or goes.output) == 8
+    engine.close()
+
+
+def test_dry_breaks_a_repeated_passage(engine: LlamaEngine) -> None:
+    outputs = []
+    for multiplier in (0.0, 80.0):
+        sampling = SamplingParams(temperature=0.0, repeat_penalty=1.0, seed=1, logit_bias={77: 40.0}, dry_multiplier=multiplier)
+        outputs.append(finish(engine, sequence(engine, f"d{multiplier}", "time year", sampling=sampling, limit=12))[0])
+    assert set(outputs[0]) == {77}
+    assert len(set(outputs[1])) > 1
+
+
+def test_moving_windows_hold_in_a_batch_and_after_an_interruption(micro: Path) -> None:
+    engine = open_engine(micro, context_length=1024, parallel=4, **EXACT)
+    samplings = [SamplingParams(temperature=0.8, seed=i, repeat_penalty=1.2) for i in range(4)]
+    alone_outputs = [finish(engine, sliding(engine, "a", sampling=sampling))[0] for sampling in samplings]
+    assert finish(engine, *(sliding(engine, str(i), sampling=sampling) for i, sampling in enumerate(samplings))) == alone_outputs
+    for done in (1, 52, 53, 54, 80, 99):
+        resumed = sliding(engine, f"r{done}", sampling=samplings[0])
+        resumed.output = alone_outputs[0][:done]
+        assert finish(engine, resumed)[0] == alone_outputs[0], done
+    engine.close()
+    engine = open_engine(micro, context_length=1024, parallel=4, prompt_lookup=True, **EXACT)
+    assert finish(engine, *(sliding(engine, str(i), sampling=sampling) for i, sampling in enumerate(samplings))) == alone_outputs
+    engine.close()
+
+
+def test_borrowed_cells_stay_in_use_when_their_lender_has_gone() -> None:
+    scheduler = Scheduler(slots=4, cells=400, batch_tokens=512, can_share=True, on_cpu=True)
+    items = [Sequence(str(i), "a", [*range(100), 1000 + i], 0, GREEDY, limit=1) for i in range(4)]
+    lender, first, second, _ = scheduler.slots
+    scheduler.occupy(lender, items[0], 101)
+    scheduler.occupy(first, items[1], 100, lender=lender)
+    scheduler.occupy(second, items[2], 60, lender=lender)
+    scheduler.release(lender)
+    assert (first.lender, first.borrowed) == (None, 0)
+    assert (second.lender, second.borrowed) == (first, 60)
+    scheduler.release(first)
+    assert (second.lender, second.borrowed) == (None, 0)
