@@ -11,6 +11,7 @@ from msgspec import Meta
 from lmweb.access import Action, Principal, require
 from lmweb.errors import InvalidRequest
 from models_app.models import InstalledModel
+from workers.engines import registry
 from workers.schemas import AnyRequest, ChatMessage, GenerationRequest, LoadConfig, SamplingParams
 
 T = TypeVar("T")
@@ -43,6 +44,7 @@ def check_config(model: InstalledModel, config: LoadConfig) -> LoadConfig:
             f"{model.key} was made for at most {model.max_context_length} tokens of context, not {config.context_length}.",
             param="context_length",
         )
+    registry.card_of(model.format).check(config)
     if config.v_cache_type not in {"f16", "f32"} and config.flash_attention is False:
         raise InvalidRequest("Values of the cache below 16 bits need flash attention.", param="v_cache_type")
     return config

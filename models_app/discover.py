@@ -53,7 +53,7 @@ class Offer:
     variant: Variant
     verdict: Verdict
     is_recommended: bool
-    runs_here: bool
+    missing_engine: str
     installed: InstalledModel | None
     download: Download | None
 
@@ -136,12 +136,13 @@ def _offers(request: HttpRequest, repository: Repository, offered: list[Variant]
         Offer(
             variant=variant,
             verdict=verdict_of(repository, variant, hardware),
-            is_recommended=variant is best and downloads.runs_here(variant),
-            runs_here=downloads.runs_here(variant),
+            is_recommended=variant is best and not missing,
+            missing_engine=missing,
             installed=downloads.installed(repository, variant),
             download=under_way.get(variant.label),
         )
         for variant in offered
+        for missing in (downloads.missing_engine(variant),)
     ]
 
 

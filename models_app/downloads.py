@@ -22,12 +22,12 @@ from redis.exceptions import RedisError
 from lmweb.access import Action, Principal, require
 from lmweb.errors import Conflict, InvalidRequest, JobNotFound, PermissionDenied
 from lmweb.models import User
-from models_app import catalog, hub, naming, placement
+from models_app import catalog, hub, mlx, naming, placement
 from models_app.hub import RemoteFile, Repository
 from models_app.models import Download, InstalledModel, ModelFile
 from models_app.variants import Variant, find_variant, recommended, variant_of_file, variants
 from models_app.verdicts import Hardware, verdict_of
-from workers.engines.registry import FORMATS
+from workers.engines import registry
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +94,10 @@ def recommended_of(repository: Repository, offered: list[Variant]) -> Variant | 
     return recommended([variant for variant in offered if verdict_of(repository, variant, hardware).fits])
 
 
-def runs_here(variant: Variant) -> bool:
-    """Return whether an engine of this installation reads the variant's format."""
-    return variant.format in FORMATS
+def missing_engine(variant: Variant) -> str:
+    """Return what to do about the engine that would read this variant but is not installed here; empty if it is."""
+    card = registry.card_of(variant.format)
+    return "" if card.is_installed else f"The engine for {variant.format.upper()} models is not installed here. {card.install}"
 
 
 def fingerprint(repo: str, variant: Variant) -> str:
@@ -108,10 +109,8 @@ def fingerprint(repo: str, variant: Variant) -> str:
 def installed(repository: Repository, variant: Variant) -> InstalledModel | None:
     """Return the model that this variant has become here already, or None."""
     first = variant.files[0]
-    if not runs_here(variant):
-        return None
-    path = f"{repository.found.repo}/{naming.file_name(first.name)}"
-    file = ModelFile.objects.filter(path__iexact=path, role=ModelFile.Role.WEIGHTS).select_related("model").first()
+    path = f"{repository.found.repo}/{first.name if variant.format == mlx.FORMAT else naming.file_name(first.name)}"
+    file = ModelFile.objects.filter(path__iexact=path).exclude(role=ModelFile.Role.PROJECTOR).select_related("model").first()
     if file is None or (file.sha256 and first.sha256 and file.sha256 != first.sha256):
         return None
     return file.model
@@ -130,8 +129,8 @@ def ask(*, principal: Principal | None, repository: Repository, variant: Variant
     if principal is not None and not may_download:
         require(principal, Action.REQUEST_DOWNLOADS)
     naming.parse_user_repo(repository.found.repo)
-    if not runs_here(variant):
-        raise InvalidRequest(f"This installation has no engine for {variant.format.upper()} models.", param="model")
+    if missing := missing_engine(variant):
+        raise InvalidRequest(missing, param="model")
     if (model := installed(repository, variant)) is not None:
         return Asked(None, model)
     user = principal.user if principal else None

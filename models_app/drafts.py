@@ -13,6 +13,8 @@ from lmweb.errors import InvalidModelFile, InvalidRequest, ModelNotFound
 from models_app import gguf
 from models_app.memory import complete, read_shape
 from models_app.models import InstalledModel
+from workers.engines import registry
+from workers.engines.card import Feature
 from workers.memory import MemoryEstimate, estimate
 from workers.schemas import LoadConfig
 from workers.store import DraftFile
@@ -64,6 +66,9 @@ def _mismatch(model: InstalledModel, draft: InstalledModel) -> str:
     """Return why the draft's tokens are not the model's, empty if they are."""
     if draft.type != InstalledModel.Type.LLM or model.type != InstalledModel.Type.LLM:
         return "an embedding model writes no text"
+    for each in (model, draft):
+        if reason := registry.lack(each.format, Feature.DRAFT_MODEL):
+            return reason[:1].lower() + reason[1:].rstrip(".")
     try:
         mine, theirs = _vocabulary(model.file), _vocabulary(draft.file)
     except InvalidModelFile as error:

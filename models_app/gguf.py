@@ -18,6 +18,7 @@ from lmweb.errors import InvalidModelFile
 from models_app.gguf_header import STRING, Array, Header, Tensor, Value, opened, read_beginning, read_header, read_strings
 from workers.parsing.reasoning import THINK, tags_of
 
+FORMAT: Final = "gguf"
 MAX_CONTEXT: Final = 16_777_216
 MAX_LAYERS: Final = 512
 MAX_WIDTH: Final = 1_048_576
@@ -211,7 +212,7 @@ def describe(header: Header, file_size: int) -> ModelFile:
         key_length=facts.number("attention.key_length", 0, 65_536, default=0),
         value_length=facts.number("attention.value_length", 0, 65_536, default=0),
         chat_template=template,
-        capabilities=_capabilities(template),
+        capabilities=capabilities(template),
     )
 
 
@@ -324,8 +325,11 @@ def _nominal_bits(quantization: str) -> float | None:
 
 def _params_string(facts: _Facts, parameters: int) -> str:
     label = facts.label("general.size_label", 32)
-    if _SIZE_LABEL.fullmatch(label):
-        return label
+    return label if _SIZE_LABEL.fullmatch(label) else size_label(parameters)
+
+
+def size_label(parameters: int) -> str:
+    """Return a number of parameters as people say it: 7B."""
     for factor, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
         if parameters >= factor * 0.95:
             value = parameters / factor
@@ -334,7 +338,7 @@ def _params_string(facts: _Facts, parameters: int) -> str:
     return str(parameters)
 
 
-def _capabilities(template: str) -> dict[str, bool]:
+def capabilities(template: str) -> dict[str, bool]:
     """Return what the chat template shows that the model was trained for. Vision needs a projector, which is not supported."""
     has_tags = bool(re.search(r"<think>|</think>|enable_thinking|reasoning_content|<\|channel\|>analysis", template))
     return {

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from django.core.management.base import CommandParser
 
 from lmweb.errors import InvalidRequest
-from models_app import gguf
+from models_app.memory import read_shape
 from models_app.models import InstalledModel
 from workers.schemas import KvCacheType
 
@@ -53,7 +53,7 @@ def gpu_layers(text: str, model: InstalledModel) -> int:
         fraction = -1.0
     if not 0.0 <= fraction <= 1.0:
         raise InvalidRequest(f"--gpu is off, max, auto or a number from 0 to 1, not '{text}'.", param="gpu")
-    return -1 if fraction == 1.0 else round(fraction * gguf.read_model(model.file).block_count)
+    return -1 if fraction == 1.0 else round(fraction * read_shape(model.file).layers)
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:

@@ -10,9 +10,10 @@ from django.conf import settings
 from msgspec.structs import replace
 
 from lmweb.errors import InvalidModelFile
-from models_app import gguf
+from models_app import gguf, mlx
 from models_app.models import InstalledModel, MemoryMeasurement
 from workers.memory import MemoryEstimate, ModelShape, estimate
+from workers.mlx_directory import CONFIG
 from workers.schemas import LoadConfig
 
 #: Weights that llama.cpp copies into another order for the CPU.
@@ -24,7 +25,7 @@ def estimate_model(model: InstalledModel, config: LoadConfig, *, on_gpu: bool = 
     shape = read_shape(model.file)
     config = complete(config, shape.trained_context)
     found = MemoryMeasurement.objects.filter(model=model, **_what_matters(config)).first()
-    return estimate(shape, config, measured_bytes=found.memory_bytes if found else None, on_gpu=on_gpu)
+    return estimate(shape, config, measured_bytes=found.memory_bytes if found else None, on_gpu=on_gpu and model.format != mlx.FORMAT)
 
 
 def note_measurement(model_id: int, config: LoadConfig, memory_bytes: int) -> None:
@@ -63,6 +64,8 @@ def read_shape(file: Path) -> ModelShape:
 
 @lru_cache(maxsize=64)
 def _read_shape(file: Path, _modified: int, _size: int) -> ModelShape:
+    if file.name == CONFIG:
+        return mlx.read_shape(file)
     header, size = gguf.read_headers(gguf.part_paths(file))
     model = gguf.describe(header, size)
     head_width = model.embedding_length // max(1, model.head_counts[0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from lmweb.errors import InvalidRequest
@@ -79,6 +79,11 @@ def guess_user_repo(original: str, model: ModelFile) -> tuple[str, str]:
     """Return publisher and name for a file that nobody named: what it says itself, and its file name without the quantization."""
     stem = _QUANTIZATION.sub("", file_name(original)[: -len(SUFFIX)])
     return _slug(model.organization, MAX_NAME_LENGTH) or DEFAULT_PUBLISHER, _slug(stem, MAX_NAME_LENGTH) or "model"
+
+
+def guess_directory(source: Path) -> tuple[str, str]:
+    """Return publisher and name for a directory that nobody named."""
+    return DEFAULT_PUBLISHER, _slug(source.name, MAX_NAME_LENGTH) or "model"
 
 
 def is_quantization(label: str) -> bool:

@@ -233,6 +233,14 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove the folder that a model was moved out of, unless something else is left in it."""
+    try:
+        folder.rmdir()
+    except OSError:
+        logger.info("%s stays: there is more in it than the model", folder)
+
+
 def remove_empty_folders(path: Path) -> None:
     """Remove the folders of a file that is gone, as far as they are empty and below the models directory."""
     root = models_dir()

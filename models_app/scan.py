@@ -1,6 +1,6 @@
 """Finds model files that lie where they belong but are in no list: in the models directory, or in LM Studio's own folder.
 
-Both have the same layout, ``publisher/model/file.gguf``.
+Both have the same layout: ``publisher/model/file.gguf``, or ``publisher/model/`` with the files of the MLX format.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Final
 
 from lmweb.access import Action, Principal, require
 from lmweb.errors import Conflict, InvalidRequest, LmwebError
-from models_app import naming, placement, services
+from models_app import mlx, naming, placement, services
 from models_app.models import ModelFile
 from models_app.placement import Mode
+from workers.mlx_directory import CONFIG
 
 MAX_FILES: Final = 2000
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
@@ -54,7 +55,8 @@ def scan(*, principal: Principal | None, folder: Path | None = None, mode: Mode 
             if chosen == root:
                 model = services.register_stored(principal=principal, file=file, publisher=publisher, repo=repo)
             else:
-                model = services.import_file(principal=principal, source=file, user_repo=f"{publisher}/{repo}", mode=mode)
+                source = file.parent if file.name == CONFIG else file
+                model = services.import_file(principal=principal, source=source, user_repo=f"{publisher}/{repo}", mode=mode)
         except Conflict as error:
             if "key" not in error.details:  # what is installed already is no problem
                 found.append(Found(relative, problem=error.message))
@@ -77,12 +79,14 @@ def take_in(*, principal: Principal, path: Path, mode: Mode) -> list[Found]:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Yield the model files below a folder in their order, without further parts and projectors, and not through linked folders."""
+    """Yield the file that stands for each model below a folder, in their order: no further parts, no projectors, no linked folders."""
     count = 0
-    for file in sorted(root.glob(f"*/*/*{naming.SUFFIX}")):
+    for file in sorted([*root.glob(f"*/*/*{naming.SUFFIX}"), *root.glob(f"*/*/{CONFIG}")]):
         if any(part.startswith(".") for part in file.parts[-3:]) or file.parent.resolve() != file.parent:
             continue
         if _LATER_PART.search(file.name) or _PROJECTOR.search(file.name):
+            continue
+        if file.name == CONFIG and not mlx.is_directory(file.parent):
             continue
         count += 1
         if count > MAX_FILES:

@@ -16,9 +16,10 @@ from django.db.models import Count
 from lmweb.access import Action, Principal, require
 from lmweb.errors import Conflict, InvalidModelFile, InvalidRequest, TemplateError
 from lmweb.models import User
-from models_app import gguf, loading, naming, placement
+from models_app import gguf, loading, mlx, naming, placement
 from models_app.models import Generation, InstalledModel, ModelFile, ModelInstance
 from models_app.placement import Mode
+from workers.mlx_directory import CONFIG, MlxDirectory, is_part, is_weights, read_directory, read_files
 from workers.template_preview import TemplatePreview, preview
 
 logger = logging.getLogger(__name__)
@@ -43,11 +44,11 @@ def import_file(
     description: str | None = None,
     progress: placement.Progress | None = None,
 ) -> InstalledModel:
-    """Check a GGUF file and take it into the models directory as ``publisher/name/file.gguf``; with the first part come the others.
+    """Check a model and take it into the models directory as ``publisher/name/file.gguf``; with the first part come the others.
 
     Args:
         principal: who imports; None for the administrator at the command line.
-        source: the file; its name counts unless ``original_name`` is given.
+        source: the GGUF file, or a directory in the MLX format; a file's name counts unless ``original_name`` is given.
         user_repo: ``publisher/name``; None guesses it from the file.
         mode: what happens to ``source``.
         original_name: what the file was called where it came from.
@@ -60,6 +61,8 @@ def import_file(
     """
     if principal:
         require(principal, Action.IMPORT_MODELS)
+    if source.is_dir():
+        return _import_directory(principal, source, user_repo, mode, progress)
     name = naming.file_name(original_name or source.name)  # of a link its own name: caches link from names to hashes
     source = placement.check_source(source, mode)
     _refuse_stored_file(source)
@@ -78,6 +81,32 @@ def import_file(
     return row
 
 
+def _import_directory(
+    principal: Principal | None, source: Path, user_repo: str | None, mode: Mode, progress: placement.Progress | None
+) -> InstalledModel:
+    """Take a directory in the MLX format in: what belongs to the model, and nothing else of it."""
+    source = mlx.check_source(source, mode)
+    directory = read_directory(source)
+    model = mlx.describe(directory)
+    publisher, repo = naming.parse_user_repo(user_repo) if user_repo else naming.guess_directory(source)
+    row = _row(model, publisher, repo, CONFIG, principal.user if principal else None)
+    row.key = free_key(publisher, repo, row.path, model.quantization)
+    files = _mlx_files(directory)
+    with ExitStack() as stack:
+        incoming = [stack.enter_context(placement.Incoming(file.source, mode, progress)) for file in files]
+        if read_files({file.name: arriving.path for file, arriving in zip(files, incoming)}).tensors != directory.tensors:
+            raise InvalidModelFile("The files changed while they were imported. Nothing was stored.")
+        _store(row, files, incoming)
+    if mode is Mode.MOVE:
+        placement.remove_if_empty(source)
+    return row
+
+
+def _mlx_files(directory: MlxDirectory) -> list[NewFile]:
+    roles = {True: ModelFile.Role.WEIGHTS, False: ModelFile.Role.OTHER}
+    return [NewFile(path, name, roles[is_weights(name)]) for name, path in directory.files.items()]
+
+
 def register_stored(*, principal: Principal | None, file: Path, publisher: str, repo: str) -> InstalledModel:
     """Add the model of a file that lies in the models directory already, where ``publisher/repo`` says; nothing is moved.
 
@@ -85,6 +114,12 @@ def register_stored(*, principal: Principal | None, file: Path, publisher: str, 
     """
     if principal:
         require(principal, Action.IMPORT_MODELS)
+    if file.name == CONFIG:
+        directory = read_directory(mlx.check_source(file.parent, Mode.MOVE))
+        row = _row(mlx.describe(directory), publisher, repo, CONFIG, principal.user if principal else None)
+        row.key = free_key(publisher, repo, row.path, row.quantization)
+        _store(row, _mlx_files(directory), [])
+        return row
     source = placement.check_source(file, Mode.MOVE)
     if naming.file_name(file.name) != file.name:
         raise InvalidRequest(f"Rename {file.name}: letters, digits, '.', '_' and '-' only.", param="file")
@@ -107,19 +142,21 @@ class NewFile:
 
 
 def register_download(*, user: User | None, repo: str, label: str, files: list[NewFile]) -> InstalledModel:
-    """Take the complete files of one GGUF model into the models directory: its parts in order, and perhaps a projector.
+    """Take the complete files of one model into the models directory: a GGUF's parts in order, perhaps a projector, or an MLX directory.
 
     Args:
         user: who asked for it.
         repo: ``publisher/name`` on the Hub, which becomes the folder.
         label: how its publisher calls the quantization.
-        files: the weights first; a projector that another quantization brought already is shared with it.
+        files: the first one stands for the model, weights in their order; a projector that another quantization brought already is shared with it.
 
     Raises:
         InvalidModelFile: the files are no model.
         Conflict: the model is there already, or something else is in its place.
     """
     publisher, name = naming.parse_user_repo(repo)
+    if files[0].name == CONFIG:
+        return _register_mlx(user, publisher, name, files)
     files = [replace(file, name=naming.file_name(file.name)) for file in files]
     weights = [file.source for file in files if file.role == ModelFile.Role.WEIGHTS]
     model = gguf.read_parts(weights)
@@ -136,6 +173,18 @@ def register_download(*, user: User | None, repo: str, label: str, files: list[N
     with ExitStack() as stack:
         incoming = [stack.enter_context(placement.Incoming(file.source, Mode.MOVE)) for file in fresh]
         _store(row, files, incoming)
+    return row
+
+
+def _register_mlx(user: User | None, publisher: str, name: str, files: list[NewFile]) -> InstalledModel:
+    by_name = {file.name: file for file in files if is_part(file.name)}
+    directory = read_files({file.name: file.source for file in by_name.values()})
+    row = _row(mlx.describe(directory), publisher, name, CONFIG, user)
+    row.key = free_key(publisher, name, row.path, row.quantization)
+    taken = [replace(file, sha256=by_name[file.name].sha256) for file in _mlx_files(directory)]
+    with ExitStack() as stack:
+        incoming = [stack.enter_context(placement.Incoming(file.source, Mode.MOVE)) for file in taken]
+        _store(row, taken, incoming)
     return row
 
 
@@ -159,6 +208,7 @@ def _row(model: gguf.ModelFile, publisher: str, repo: str, name: str, user: User
         max_context_length=model.context_length,
         capabilities=model.capabilities,
         path=f"{publisher}/{repo}/{name}",
+        format=mlx.FORMAT if name == CONFIG else gguf.FORMAT,
         chat_template=model.chat_template,
         imported_by=user,
     )

@@ -14,6 +14,7 @@ from typing import Final
 
 from models_app.gguf import MAX_PARTS
 from models_app.hub import Format, RemoteFile, Repository
+from workers.mlx_directory import CONFIG, TOKENIZER, is_part, is_weights
 
 SPLIT_PART: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
@@ -23,10 +24,6 @@ _LABEL = re.compile(
 PROJECTOR: Final = re.compile(r"(^|[-._])mmproj", re.IGNORECASE)
 _OTHER_GGUF = re.compile(r"(^|[-._])(imatrix|lora|adapter|vocab)([-._]|$)", re.IGNORECASE)
 _BITS = re.compile(r"(?:^|[-_])([2-8])[-_]?bits?(?:[-_]|$)|(?:^|[-_])(bf16|fp16|mxfp4)(?:[-_]|$)", re.IGNORECASE)
-#: Of an MLX directory only what a model needs; no code, no pickles, nothing below the top.
-_MLX_FILE = re.compile(
-    r"(model.*\.safetensors|model\.safetensors\.index\.json|[\w-]*(config|tokenizer|tokens|vocab|merges|template)[\w-]*\.(json|txt|jinja|model))"
-)
 _PREFERRED_PROJECTORS = ("F16", "BF16", "Q8_0", "F32")
 
 #: Quantizations from the most to the least wanted: 4 bits with mixed precision is the usual balance of quality and size.
@@ -125,13 +122,13 @@ def _best_projector(projectors: list[RemoteFile]) -> RemoteFile | None:
 
 
 def _mlx_variants(repository: Repository) -> list[Variant]:
-    files = [file for file in repository.files if _MLX_FILE.fullmatch(file.path)]
+    files = [file for file in repository.files if is_part(file.path)]  # no code, no pickles, nothing below the top
     names = {file.path for file in files}
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+    if not {CONFIG, TOKENIZER} <= names or not any(map(is_weights, names)):
         return []
     bits = _BITS.search(repository.found.name)
     label = f"{bits[1]}bit" if bits and bits[1] else (bits[2].upper() if bits else "MLX")
-    return [Variant(label, "mlx", tuple(sorted(files, key=lambda file: (file.path != "config.json", file.path))))]
+    return [Variant(label, "mlx", tuple(sorted(files, key=lambda file: (file.path != CONFIG, file.path))))]
 
 
 def recommended(usable: list[Variant]) -> Variant | None:

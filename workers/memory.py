@@ -55,7 +55,8 @@ class ModelShape:
     """What a model file says about itself; sizes in bytes, ``trained_context`` in tokens.
 
     ``repacked_bytes`` are weights of which llama.cpp makes a second copy in an order that the CPU likes; ``token_kv_bytes`` is
-    what one token's keys and values take in all layers at 16 bits.
+    what one token's keys and values take in all layers at 16 bits. ``cell_bytes`` is the same where its engine counts cells by it,
+    0 for heads that share the width evenly. ``runtime_bytes`` is a runner without a model.
     """
 
     file_bytes: int
@@ -68,6 +69,8 @@ class ModelShape:
     vocab_size: int
     trained_context: int
     is_embedding: bool
+    cell_bytes: int = 0
+    runtime_bytes: int = RUNTIME_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +88,12 @@ class MemoryEstimate:
     measured_bytes: int | None = None
     draft_bytes: int = 0
     gpu_bytes: int = 0
+    runtime_bytes: int = RUNTIME_BYTES
 
     @property
     def needed_bytes(self) -> int:
         """Return all of it. A measured size lacks the compute buffers, which are touched by the first requests only."""
-        loaded = self.measured_bytes or RUNTIME_BYTES + self.weights_bytes + self.repacked_bytes + self.kv_bytes
+        loaded = self.measured_bytes or self.runtime_bytes + self.weights_bytes + self.repacked_bytes + self.kv_bytes
         return loaded + self.compute_bytes + self.draft_bytes
 
 
@@ -120,7 +124,7 @@ def estimate(shape: ModelShape, config: LoadConfig, *, measured_bytes: int | Non
         cells, batch, outputs = 0, EMBEDDING_BATCH_TOKENS, EMBEDDING_BATCH_TOKENS
     else:
         context = min(config.context_length or shape.trained_context, shape.trained_context)
-        cell_bytes = kv_bytes_per_token(shape.layers, shape.width, shape.heads, shape.heads_kv)
+        cell_bytes = shape.cell_bytes or kv_bytes_per_token(shape.layers, shape.width, shape.heads, shape.heads_kv)
         cells = kv_cells(context, config.parallel, cell_bytes)
         batch, outputs = max(config.eval_batch_size, config.parallel), logits_rows(config)
     kv = int(cells * shape.token_kv_bytes * (KV_FACTORS[config.k_cache_type] + KV_FACTORS[config.v_cache_type]) / 2)
@@ -133,6 +137,7 @@ def estimate(shape: ModelShape, config: LoadConfig, *, measured_bytes: int | Non
         compute_bytes=compute,
         measured_bytes=None if share else measured_bytes,
         gpu_bytes=int(share * on_gpu_bytes) + (compute if share else 0),
+        runtime_bytes=shape.runtime_bytes,
     )
 
 

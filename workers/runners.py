@@ -389,7 +389,7 @@ class Runners:
 
     def _needed_bytes(self, instance: Instance) -> int:
         """Return what the load will take, 0 where nobody can tell."""
-        if instance.config.gpu_layers != 0 and has_gpu_build():
+        if instance.model.format == "gguf" and instance.config.gpu_layers != 0 and has_gpu_build():
             return 0  # most of it goes to memory that only the engine knows
         try:
             return self._store.memory_estimate(instance).needed_bytes

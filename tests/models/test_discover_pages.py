@@ -77,16 +77,24 @@ def test_offload_needs_a_gpu(admin: User, node: WorkerNode) -> None:
     assert "Fits with offload" in text(client_of(admin).get("/discover/model", {"model": REPO}))
 
 
-def test_what_no_engine_reads_is_shown_but_not_offered(admin: User, hub: Hub, node: WorkerNode) -> None:
+def test_what_no_installed_engine_reads_is_shown_with_what_to_install(
+    admin: User, hub: Hub, node: WorkerNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = {"config.json": b"{}", "model.safetensors": b"x" * 5000, "tokenizer.json": b"{}", "run.py": b"evil", "pytorch_model.bin": b"x"}
     hub.add(Repo("acme/Tiny-4bit", files, tags=["mlx"]))
     page = client_of(admin)
     assert "Tiny-4bit" in text(page.get("/discover/results", {"format": "mlx"}))
     shown = text(page.get("/discover/model", {"model": "acme/Tiny-4bit"}))
-    assert "No engine here" in shown
     assert "3 files" in shown  # neither code nor pickles
+    assert "Download 4bit" in shown
+    monkeypatch.setattr("workers.engines.card.version_of", lambda package: "" if package.startswith("mlx") else "1")
+    shown = text(page.get("/discover/model", {"model": "acme/Tiny-4bit"}))
+    assert "No engine here" in shown
+    assert "LMWEB_MLX=on" in shown
     assert "Download 4bit" not in shown
-    assert page.post("/discover/download", {"repo": "acme/Tiny-4bit", "variant": "4bit"}).status_code == 400
+    refused = page.post("/discover/download", {"repo": "acme/Tiny-4bit", "variant": "4bit"})
+    assert refused.status_code == 400
+    assert "LMWEB_MLX=on" in text(refused)
 
 
 def test_members_request_and_viewers_look(admin: User, owner: User, teammate: User, stranger: User) -> None:

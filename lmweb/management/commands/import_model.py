@@ -1,4 +1,4 @@
-"""``import_model``: take a GGUF file into the models directory, as ``lms import`` does."""
+"""``import_model``: take a GGUF file or an MLX directory into the models directory, as ``lms import`` does."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from models_app import gguf, naming, placement, scan, services, virtual
+from models_app import gguf, mlx, naming, placement, scan, services, virtual
 from models_app.cli import ModelCommand, model_info, size
 from models_app.models import InstalledModel
 from models_app.placement import Mode
+from workers.mlx_directory import CONFIG, read_directory
 
 HAPPENED = {
     Mode.MOVE: "Moved it to",
@@ -31,12 +32,12 @@ def _text(file: Path) -> str:
 class Command(ModelCommand):
     """Import a model file."""
 
-    help = "Import a GGUF model file. Without an option the file is moved."
+    help = "Import a GGUF model file, or a directory in the MLX format. Without an option it is moved."
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the arguments."""
         super().add_arguments(parser)
-        parser.add_argument("file", nargs="?", type=Path, help="the .gguf file, or a model.yaml")
+        parser.add_argument("file", nargs="?", type=Path, help="the .gguf file, the directory of an MLX model, or a model.yaml")
         parser.add_argument("--user-repo", metavar="PUBLISHER/NAME", help="where to store it; without, this is guessed from the file")
         mode = parser.add_mutually_exclusive_group()
         for flags, value, words in (
@@ -102,14 +103,19 @@ class Command(ModelCommand):
         return None
 
     def _say(self, model: InstalledModel, mode: Mode) -> None:
-        self.stdout.write(f"{HAPPENED[mode]} {model.file}")
+        self.stdout.write(f"{HAPPENED[mode]} {model.file.parent if model.format == mlx.FORMAT else model.file}")
         facts = [model.architecture, model.params_string, model.quantization, size(model.size_bytes)]
         self.stdout.write(f"Imported {model.key} ({', '.join(facts)}, context {model.max_context_length})")
 
     def _dry_run(self, file: Path, user_repo: str | None, mode: Mode) -> None:
-        name = naming.file_name(file.name)
-        facts = gguf.read_model(placement.check_source(file, mode))
-        publisher, repo = naming.parse_user_repo(user_repo) if user_repo else naming.guess_user_repo(file.name, facts)
+        if file.is_dir():
+            source = mlx.check_source(file, mode)
+            name, facts = CONFIG, mlx.describe(read_directory(source))
+            guessed = naming.guess_directory(source)
+        else:
+            name, facts = naming.file_name(file.name), gguf.read_model(placement.check_source(file, mode))
+            guessed = naming.guess_user_repo(file.name, facts)
+        publisher, repo = naming.parse_user_repo(user_repo) if user_repo else guessed
         path = f"{publisher}/{repo}/{name}"
         key = services.free_key(publisher, repo, path, facts.quantization)
         self.stdout.write(f"Would {mode.value} {file} to {placement.models_dir() / path} as {key}. Nothing was done.")
