@@ -17,6 +17,7 @@ Usage: python3 manage.py COMMAND [OPTIONS]
 
   up                   start everything: database, web server, workers (--host, --port, --data-dir)
   worker               run models on this machine for another one's installation
+  node list            the machines that run models; token lets another one in, drain empties one
   token create         make an API token (--user NAME --name LABEL)
   import_model FILE    add a GGUF file to My Models
   createsuperuser      make an admin

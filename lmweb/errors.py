@@ -69,6 +69,16 @@ class PermissionDenied(LmwebError):
     code, status = "permission_denied", 403
 
 
+class JoinRefused(LmwebError):
+    """A machine may not run models for this installation, or not in the state that it is in.
+
+    ``exit_status`` is that of a worker that ends for this reason (EX_CONFIG of sysexits.h): to start it again is of no use.
+    """
+
+    code, status = "join_refused", 403
+    exit_status: ClassVar[int] = 78
+
+
 class NotFound(LmwebError):
     """The object does not exist, or the principal may not know that it does."""
 

@@ -142,6 +142,8 @@ X_FRAME_OPTIONS = "DENY"
 DATA_UPLOAD_MAX_MEMORY_SIZE = 32 * 1024 * 1024  # bodies are bounded before Django sees them: lmweb/asgi.py
 
 NODE_NAME = env.text("LMWEB_NODE_NAME") or discovery.host_name()
+NODE_TOKEN = env.text("LMWEB_NODE_TOKEN")
+IS_LOCAL_WORKER = env.flag("LMWEB_LOCAL_WORKER")
 CPU_THREADS = env.number("LMWEB_CPU_THREADS")
 DEFAULT_CONTEXT_LENGTH = env.number("LMWEB_CONTEXT_LENGTH")
 MODEL_LOADING_GUARDRAILS = env.text("LMWEB_MODEL_LOADING_GUARDRAILS").lower()

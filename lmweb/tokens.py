@@ -1,15 +1,19 @@
-"""Making and revoking API tokens: the rules that the Developer page and the ``token`` command share."""
+"""Making and revoking tokens: the rules that pages and commands share."""
 
 from __future__ import annotations
 
 import re
 import uuid
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import TypeVar
 
+from django.db.models import QuerySet
 from django.utils import timezone
 
 from lmweb.errors import InvalidRequest, NotFound
-from lmweb.models import ApiToken, Scope, User
+from lmweb.models import ApiToken, BearerToken, Scope, User
+
+T = TypeVar("T", bound=BearerToken)
 
 MAX_LIFETIME = timedelta(days=3650)
 
@@ -31,11 +35,7 @@ def parse_lifetime(text: str) -> timedelta:
 
 def create_token(*, user: User, name: str, scopes: list[str] | None = None, lifetime: timedelta | None = None) -> tuple[ApiToken, str]:
     """Create a token for a person and return it with its secret, which cannot be shown again. Raises ``InvalidRequest``."""
-    name = " ".join(name.replace("\x00", "").split())
-    if not name:
-        raise InvalidRequest("Give the token a name, so that you know later where it is used.", param="name")
-    if len(name) > 100:
-        raise InvalidRequest("The name of a token has 100 characters at most.", param="name")
+    name = check_name(name)
     if scopes is not None:
         unknown = sorted(set(scopes) - set(Scope.values))
         if unknown or not scopes:
@@ -43,8 +43,22 @@ def create_token(*, user: User, name: str, scopes: list[str] | None = None, life
             raise InvalidRequest(f"{what} Choose from: {', '.join(Scope.values)}.", param="scopes")
     if not user.is_active:
         raise InvalidRequest(f"The account '{user.get_username()}' is not active.", param="user")
-    expires_at = timezone.now() + lifetime if lifetime else None
-    return ApiToken.issue(user=user, name=name, scopes=sorted(set(scopes)) if scopes else None, expires_at=expires_at)
+    return ApiToken.issue(user=user, name=name, scopes=sorted(set(scopes)) if scopes else None, expires_at=expiry(lifetime))
+
+
+def check_name(name: str) -> str:
+    """Return what a token is to be called. Raises ``InvalidRequest``."""
+    name = " ".join(name.replace("\x00", "").split())
+    if not name:
+        raise InvalidRequest("Give the token a name, so that you know later where it is used.", param="name")
+    if len(name) > 100:
+        raise InvalidRequest("The name of a token has 100 characters at most.", param="name")
+    return name
+
+
+def expiry(lifetime: timedelta | None) -> datetime | None:
+    """Return when a token that is made now expires; None: never."""
+    return timezone.now() + lifetime if lifetime else None
 
 
 def revoke_token(token_id: str | uuid.UUID, *, owner: User | None = None) -> ApiToken:
@@ -53,8 +67,11 @@ def revoke_token(token_id: str | uuid.UUID, *, owner: User | None = None) -> Api
     ``owner`` limits it to one person's tokens. Raises ``NotFound``.
     """
     tokens = ApiToken.objects.select_related("user")
-    if owner is not None:
-        tokens = tokens.filter(user=owner)
+    return revoke(tokens.filter(user=owner) if owner is not None else tokens, token_id)
+
+
+def revoke(tokens: QuerySet[T], token_id: str | uuid.UUID) -> T:
+    """Make one of these tokens useless from now on and return it. Raises ``NotFound``."""
     try:
         token = tokens.filter(pk=uuid.UUID(str(token_id))).first()
     except ValueError:

@@ -26,6 +26,7 @@ from psycopg import sql
 
 from lmweb import __version__
 from lmweb.db import drop_dead_connections
+from lmweb.errors import JoinRefused
 from models_app import routing
 from models_app.drafts import draft_file
 from models_app.memory import estimate_model, note_measurement
@@ -34,7 +35,7 @@ from models_app.naming import free_identifier
 from workers.events import Stats
 from workers.machine import free_disk, hardware
 from workers.memory import MemoryEstimate, machine_memory
-from workers.models import WorkerNode
+from workers.models import NodeToken, WorkerNode
 from workers.router import Refuse
 from workers.schemas import GenerationRequest, LoadConfig, ToolCall, request_from_json
 from workers.store import Claim, Instance, ModelFile, NodeState, Outcome, Progress
@@ -103,15 +104,17 @@ def relax_commits(connection: BaseDatabaseWrapper, **_: Any) -> None:
 class DjangoStore:
     """See ``workers.store.Store``. One object per worker process; safe to use from several threads."""
 
-    def __init__(self, node_name: str, *, engines: list[dict[str, str]]) -> None:
+    def __init__(self, node_name: str, *, engines: list[dict[str, Any]], key: str = "") -> None:
+        """``key`` is that of a node that joined (``workers.membership``); the server's own machine has none."""
         self.node_name = node_name
+        self._key_digest = NodeToken.hash(key) if key else ""
         self.incarnation = uuid.uuid4()
         self._engines = engines
         self._channel = f"gpu_{hashlib.md5(node_name.encode(), usedforsecurity=False).hexdigest()}"
         self._listener: psycopg.Connection[Any] | None = None
 
     def register(self) -> None:
-        """Register this node, and queue again what its dead predecessor had."""
+        """Register this node, and queue again what its dead predecessor had. Raises ``JoinRefused`` if an admin has removed it."""
         free, total = machine_memory()
         facts = {
             "incarnation": self.incarnation,
@@ -126,8 +129,11 @@ class DjangoStore:
             "log_lines": [],
         }
         with _brief(durable=True):
-            node, _ = WorkerNode.objects.update_or_create(name=self.node_name, defaults=facts)
-            ModelInstance.objects.filter(node=node).delete()
+            if not self._key_digest:
+                WorkerNode.objects.update_or_create(name=self.node_name, defaults={**facts, "key_digest": ""})
+            elif not WorkerNode.objects.filter(name=self.node_name, key_digest=self._key_digest).update(**facts):
+                raise JoinRefused(f"The node '{self.node_name}' was removed by an admin. It needs a new join token to come back.")
+            ModelInstance.objects.filter(node_id=self.node_name).delete()
             orphans = Generation.objects.filter(node=self.node_name, status=Generation.Status.RUNNING).exclude(incarnation=self.incarnation)
             orphans.update(status=Generation.Status.QUEUED, resumes=F("resumes") + 1)
 

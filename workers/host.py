@@ -28,6 +28,7 @@ from workers.events import (
 )
 from workers.fairness import Hold, PersonalLimits
 from workers.protocol import Embed, Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
+from workers.recent_log import RecentLog
 from workers.relay import Live, StreamWriter, end_events, interrupted
 from workers.runner_process import RunnerProcess
 from workers.runners import Policy, Runners
@@ -48,7 +49,10 @@ ARRIVAL_SECONDS = 2.0
 
 
 class Host:
-    """See the module; ``complete_config`` and ``policy`` are those of ``Runners``, whose ``Listener`` this is."""
+    """See the module; ``complete_config`` and ``policy`` are those of ``Runners``, whose ``Listener`` this is.
+
+    ``on_removed`` is called when the installation does not know this node any more.
+    """
 
     def __init__(
         self,
@@ -59,8 +63,11 @@ class Host:
         step_log: bool,
         complete_config: Callable[[Instance], Instance],
         policy: Policy | None = None,
+        on_removed: Callable[[], None] | None = None,
     ) -> None:
         self.store = store
+        self._on_removed = on_removed
+        self._recent_log = RecentLog()
         self.runners = Runners(
             store=store, logs=logs, step_log=step_log, complete_config=complete_config, policy=policy or Policy(), listener=self
         )
@@ -80,6 +87,7 @@ class Host:
 
         Waits for PostgreSQL as long as it takes: whatever killed the worker may have killed that as well.
         """
+        logging.getLogger().addHandler(self._recent_log)
         self._register()
         threading.Thread(target=self._save_loop, name="saver", daemon=True).start()
         threading.Thread(target=self._keep_loop, name="keeper", daemon=True).start()
@@ -138,6 +146,7 @@ class Host:
     def stop(self) -> None:
         """End all runners and give unfinished generations back to the queue, so that the next worker goes on with them."""
         self._stopping.set()
+        logging.getLogger().removeHandler(self._recent_log)
         self._wake_saver.set()
         self.runners.stop()
         with self._lock:
@@ -505,8 +514,13 @@ class Host:
                 self._tell_held()
             if time.monotonic() - beat_at >= HEARTBEAT_SECONDS:
                 beat_at = time.monotonic()
-                self._try_store(self.store.heartbeat)
+                self._try_store(self._beat)
                 self._try_store(self.runners.unload_idle)
+
+    def _beat(self) -> None:
+        if self.store.heartbeat(log_lines=self._recent_log.fresh()) is None and self._on_removed is not None:
+            logger.error("This node was removed by an admin, or another machine has its name. The worker ends.")
+            self._on_removed()
 
     def _refill(self) -> None:
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 import threading
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +20,10 @@ from django.db.backends.signals import connection_created
 
 from lmweb.celery import app
 from lmweb.db import visit
+from lmweb.errors import JoinRefused
 from models_app.reaper import Reaper
 from models_app.store import DjangoStore, relax_commits
+from workers import membership
 from workers.dispatch import CANCEL
 from workers.engines import registry
 from workers.host import Host
@@ -36,14 +39,23 @@ _reaper = Reaper()
 @lru_cache(maxsize=1)
 def host() -> Host:
     """Return this process's host; made when the GPU worker starts."""
+    key = "" if settings.IS_LOCAL_WORKER else membership.read_key(settings.NODE_NAME)
+    if not key and not settings.IS_LOCAL_WORKER:
+        raise JoinRefused(f"This machine has not joined as '{settings.NODE_NAME}': python3 manage.py node join.")
     return Host(
-        store=DjangoStore(settings.NODE_NAME, engines=[dataclasses.asdict(engine) for engine in registry.describe()]),
+        store=DjangoStore(settings.NODE_NAME, engines=[dataclasses.asdict(engine) for engine in registry.describe()], key=key),
         redis_url=settings.REDIS_URL,
         logs=settings.LOGS_DIR,
         step_log=settings.STEP_LOG,
         complete_config=complete_config,
         policy=policy(),
+        on_removed=end_worker if key else None,
     )
+
+
+def end_worker() -> None:
+    """Stop this worker in order; its supervisor starts it once more, and it is told that it may not run."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def policy() -> Policy:
@@ -117,6 +129,9 @@ def start_host(sender: Any, **_: Any) -> None:
     connection_created.connect(relax_commits)
     try:
         host().start()
+    except JoinRefused as error:
+        logger.error("%s", error.message)
+        raise SystemExit(error.exit_status) from None
     except Exception:  # Celery would log it and go on
         logger.exception("the GPU worker could not start")
         raise SystemExit(1) from None

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import redis
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
+from django.db import connection
 from django.db.utils import OperationalError, ProgrammingError
 
 from lmweb.errors import LmwebError
@@ -30,3 +33,15 @@ class PlainCommand(BaseCommand):
     def subcommands(self, parser: argparse.ArgumentParser) -> Any:
         """Return where to add subcommands."""
         return parser.add_subparsers(title="subcommands", dest="subcommand", required=True, metavar="SUBCOMMAND")
+
+
+def reach_services() -> None:
+    """Raise ``CommandError``, in the service's own words, unless database and Redis answer."""
+    try:
+        connection.ensure_connection()
+    except OperationalError as error:
+        raise CommandError(f"The database cannot be reached: {error}") from error
+    try:
+        redis.Redis.from_url(settings.REDIS_URL, socket_timeout=10, socket_connect_timeout=10).ping()
+    except (redis.RedisError, OSError) as error:
+        raise CommandError(f"Redis cannot be reached: {error}") from error

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lmweb.errors import ServiceUnavailable
+from lmweb.errors import JoinRefused, ServiceUnavailable
 from lmweb.supervisor.embedded import Service
 from lmweb.supervisor.identity import die_with_parent
 
@@ -50,7 +50,7 @@ class Log:
 
 
 class Child:
-    """Keeps a service running until ``stop``. Use from the thread that runs the event loop: the kernel ties the child to it.
+    """Keeps a service running until ``stop``, or until it says itself that it may not run. Use from the thread that runs the event loop: the kernel ties the child to it.
 
     ``changed`` is called with each new process id, ``report`` with lines that a person should see.
     """
@@ -82,6 +82,13 @@ class Child:
             lines = "\n".join(f"    {line}" for line in self._log.tail)
             raise ServiceUnavailable(f"{self.service.name} did not start. The end of {self._log.path}:\n{lines}")
 
+    async def wait_refused(self) -> None:
+        """Wait until it has ended because it may not run here. Raises ``ServiceUnavailable`` with its last words then."""
+        assert self._task is not None
+        await self._task
+        if not self._stopping.is_set():
+            raise ServiceUnavailable(f"{self.service.name} has ended: {self._log.tail[-1] if self._log.tail else 'its log is empty.'}")
+
     async def stop(self) -> None:
         """End it in order, or by force after its ``stop_seconds``."""
         self._stopping.set()
@@ -111,6 +118,8 @@ class Child:
             started = time.monotonic()
             code = await self._run_once()
             if self._stopping.is_set():
+                return
+            if code == JoinRefused.exit_status:
                 return
             if time.monotonic() - started > STEADY_SECONDS:
                 delay = FIRST_DELAY_SECONDS

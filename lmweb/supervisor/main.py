@@ -169,16 +169,19 @@ class Supervisor:
 
     async def _serve(self) -> None:
         began = time.monotonic()
+        gpu: Child | None = None
         if self.options.join:
-            await self._join()
+            gpu = await self._join()
             say(f"Ready after {time.monotonic() - began:.1f} s: this machine runs models as '{self.node}'. Stop with Ctrl-C.")
         else:
             await self._start_all()
             self._announce(time.monotonic() - began)
         self._facts["ready"] = True
         self._publish()
-        if not self.options.join:
-            await self._open_up_with_first_admin()
+        if gpu is not None:
+            await gpu.wait_refused()
+            return
+        await self._open_up_with_first_admin()
         await asyncio.Event().wait()
 
     async def _start_all(self) -> None:
@@ -247,18 +250,20 @@ class Supervisor:
         done.write_text(now)
         say(f"  database    prepared in {time.monotonic() - began:.1f} s")
 
-    async def _join(self) -> None:
+    async def _join(self) -> Child:
+        """Become a node, or end with the reason why not; then run the worker."""
         for name in ("DATABASE_URL", "REDIS_URL"):
             if not env.text(name):
                 raise ServiceUnavailable(
                     f"{name} is not set. A worker joins an installation by its DATABASE_URL and REDIS_URL; docs/operations.md has an example."
                 )
         self._facts |= {"database_url": env.text("DATABASE_URL"), "redis_url": env.text("REDIS_URL")}
-        await self._run_to_end(programs.manage("prepare", "--check"))
+        await self._run_to_end(programs.manage("node", "join"))
         self._publish()
         gpu = self._add(self._gpu_worker())
         gpu.start()
         await self._wait_for_worker(gpu)
+        return gpu
 
     async def _run_to_end(self, command: tuple[str, ...]) -> None:
         process = await asyncio.create_subprocess_exec(
@@ -293,7 +298,9 @@ class Supervisor:
     def _gpu_worker(self) -> Service:
         since = time.time()
         url = self._database_url
-        return replace(programs.gpu_worker(self.node), ready=lambda _pid: database.node_alive(url, self.node, since))
+        return replace(
+            programs.gpu_worker(self.node, local=not self.options.join), ready=lambda _pid: database.node_alive(url, self.node, since)
+        )
 
     def _add(self, service: Service) -> Child:
         child = Child(service, self.data_dir / "logs", report=lambda line: say(f"  {line}"), changed=self._publish)

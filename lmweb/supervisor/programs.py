@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from lmweb import env
@@ -65,9 +66,13 @@ def web(listener: socket.socket) -> Service:
     )
 
 
-def gpu_worker(node: str) -> Service:
-    """Return the worker that runs models on this machine. Its tasks load and unload; generations do not pass through them."""
-    return _celery("gpu-worker", f"gpu.{node}", f"gpu@{node}", threads=8)
+def gpu_worker(node: str, *, local: bool) -> Service:
+    """Return the worker that runs models on this machine. Its tasks load and unload; generations do not pass through them.
+
+    ``local``: it belongs to the installation of this very machine; others have joined one elsewhere.
+    """
+    service = _celery("gpu-worker", f"gpu.{node}", f"gpu@{node}", threads=8)
+    return replace(service, environment={**service.environment, "LMWEB_LOCAL_WORKER": str(local).lower()})
 
 
 def io_worker(node: str) -> Service:
@@ -128,9 +133,11 @@ def main(arguments: list[str]) -> None:
         listener.set_inheritable(True)
         service = web(listener)
     else:
-        service = gpu_worker(node) if name == "gpu-worker" else io_worker(node)
+        service = gpu_worker(node, local=False) if name == "gpu-worker" else io_worker(node)
     os.chdir(REPOSITORY)
-    os.execve(service.argv[0], service.argv, environment())
+    if name == "gpu-worker" and (code := subprocess.call(manage("node", "join"), env=environment())):
+        sys.exit(code)
+    os.execve(service.argv[0], service.argv, environment() | service.environment)
 
 
 def healthy(name: str, node: str) -> bool:

@@ -34,8 +34,8 @@ def test_long_running_services_have_health_checks_and_restart(name):
 
 def test_secrets_come_from_the_environment_and_have_no_default():
     text = (REPOSITORY / "docker-compose.yml").read_text()
-    secrets = re.findall(r"\$\{(LMWEB_(?:SECRET_KEY|\w*PASSWORD))([^}]*)\}", text)
-    assert {name for name, _ in secrets} == {"LMWEB_SECRET_KEY", "LMWEB_DATABASE_PASSWORD", "LMWEB_REDIS_PASSWORD"}
+    secrets = re.findall(r"\$\{(LMWEB_(?:SECRET_KEY|NODE_TOKEN|\w*PASSWORD))([^}]*)\}", text)
+    assert {name for name, _ in secrets} == {"LMWEB_SECRET_KEY", "LMWEB_NODE_TOKEN", "LMWEB_DATABASE_PASSWORD", "LMWEB_REDIS_PASSWORD"}
     assert all(rest.startswith(":?") for _, rest in secrets)
 
 
@@ -45,6 +45,24 @@ def test_cpu_by_default_and_nvidia_as_a_profile():
     assert nvidia["profiles"] == ["nvidia"]
     assert nvidia["build"]["args"]["LMWEB_GPU"] == "cuda"
     assert nvidia["deploy"]["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
+
+
+def test_workers_scale():
+    """Several containers of one service are nodes of different names, let in by one token, on the same models directory."""
+    for name in ("gpu-worker", "gpu-worker-nvidia"):
+        environment = SERVICES[name]["environment"]
+        assert "LMWEB_NODE_NAME" not in environment, "they take their own host names"
+        assert "LMWEB_LOCAL_WORKER" not in environment
+        assert "LMWEB_NODE_TOKEN" in environment
+        assert not {"hostname", "container_name", "ports"} & set(SERVICES[name])
+    assert "LMWEB_NODE_TOKEN" in SERVICES["prepare"]["environment"], "it has the installation accept the token"
+
+
+def test_the_secrets_of_the_documented_env_file_are_those_that_are_wanted():
+    text = (REPOSITORY / "docs" / "operations.md").read_text()
+    (names,) = re.findall(r"for name in ([A-Z_ ]+); do", text)
+    wanted = re.findall(r"\$\{(LMWEB_\w+):\?", (REPOSITORY / "docker-compose.yml").read_text())
+    assert set(names.split()) == set(wanted)
 
 
 def test_state_lives_in_named_volumes():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
-import time
 
 import psycopg
 import pytest
@@ -18,8 +18,13 @@ WORKER = [sys.executable, str(REPOSITORY / "manage.py"), "worker", "--data-dir"]
 @pytest.fixture
 def joined(live, tmp_path):
     """Return the environment of a second machine that knows the first one's services."""
-    facts = live.facts
-    return clean_environment(DATABASE_URL=facts["database_url"], REDIS_URL=facts["redis_url"], LMWEB_NODE_NAME="second")
+    facts, token = live.facts, live.manage("node", "token", "--expires", "1h").stdout.strip()
+    yield clean_environment(
+        DATABASE_URL=facts["database_url"], REDIS_URL=facts["redis_url"], LMWEB_NODE_NAME="second", LMWEB_NODE_TOKEN=token
+    )
+    forget = "DELETE FROM workers_workernode WHERE name = 'second'; DELETE FROM workers_removednode"
+    with psycopg.connect(facts["database_url"], autocommit=True) as connection:
+        connection.execute(forget)
 
 
 def refused(data_dir, environment):
@@ -29,23 +34,49 @@ def refused(data_dir, environment):
     return done.stderr
 
 
-def test_joins_registers_and_leaves(live, joined, tmp_path):
-    process = subprocess.Popen([*WORKER, str(tmp_path / "data")], stdout=subprocess.PIPE, text=True, env=joined)
-    try:
-        deadline = time.monotonic() + 60
-        while not live.rows("SELECT 1 FROM workers_workernode WHERE name = 'second'"):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        lines = []
-        while not any("runs models as 'second'" in line for line in lines):
-            lines.append(process.stdout.readline())
-            assert lines[-1], lines
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+def started(data_dir, environment):
+    """Start a worker and wait until it runs models."""
+    process = subprocess.Popen([*WORKER, str(data_dir)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    lines = []
+    while not any("runs models as 'second'" in line for line in lines):
+        lines.append(process.stdout.readline())
+        assert lines[-1], lines
+    return process
+
+
+def test_joins_once_registers_and_leaves_when_removed(live, joined, tmp_path):
+    """A joined worker starts without its token; removed, it ends for good and is not let in by the old one."""
+    process = started(tmp_path / "data", joined)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
     assert process.returncode == 0
     assert processes_of(tmp_path / "data") == []
+    process = started(tmp_path / "data", {**joined, "LMWEB_NODE_TOKEN": ""})
+    try:
+        node = next(node for node in json.loads(live.manage("node", "list", "--json").stdout) if node["name"] == "second")
+        assert node["status"] == "active"
+        assert node["engines"]
+        live.manage("node", "remove", "second")
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "was removed by an admin" in output
+    assert processes_of(tmp_path / "data") == []
+    assert "was removed as 'second'" in refused(tmp_path / "data", joined)
     assert live.healthy()
+
+
+def test_no_token_no_entry(live, joined, tmp_path):
+    assert "LMWEB_NODE_TOKEN is not set" in refused(tmp_path, {**joined, "LMWEB_NODE_TOKEN": ""})
+    assert "none of this installation" in refused(tmp_path, {**joined, "LMWEB_NODE_TOKEN": "lmweb-node-guess"})
+    ((reason,),) = live.rows("SELECT reason FROM workers_joinrefusal WHERE name = 'second'")
+    assert "none of this installation" in reason, "admins see it too"
+
+
+def test_a_models_directory_that_is_not_mounted(joined, tmp_path):
+    (tmp_path / "models").symlink_to(tmp_path / "not-mounted")
+    assert "models" in refused(tmp_path, joined)
 
 
 @pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL"])
