@@ -64,7 +64,12 @@ WHERE name = %s AND incarnation = %s
 RETURNING state
 """
 
-_WAITING = "SELECT id FROM models_app_generation WHERE status = 'queued' AND node IN (%s, '') ORDER BY created_at"
+#: What waits for this node, and, if it may load models, what waits for any.
+_WAITING = """
+SELECT g.id FROM models_app_generation g
+WHERE g.status = 'queued' AND (g.node = %s OR g.node = '' AND EXISTS (SELECT FROM workers_workernode WHERE name = %s AND state = 'active'))
+ORDER BY g.created_at
+"""
 
 _CLAIM_COLUMNS = (
     "id", "user_id", "request", "resumes", "seq", "content", "reasoning", "output_tokens", "tool_calls", "cancel_requested",
@@ -75,6 +80,7 @@ UPDATE models_app_generation AS g
 SET status = 'running', node = %s, incarnation = %s, lease_until = %s, started_at = %s
 FROM models_app_installedmodel AS m LEFT JOIN models_app_installedmodel AS b ON b.id = m.base_id, lmweb_user AS u
 WHERE g.id = %s AND g.status = 'queued' AND m.id = g.model_id AND u.id = g.user_id
+AND EXISTS (SELECT FROM workers_workernode AS w WHERE w.name = %s AND w.incarnation = %s AND w.state <> 'draining')
 RETURNING g.id, g.user_id, g.request, g.resumes, g.seq, g.content, g.reasoning, g.output_tokens, g.tool_calls, g.cancel_requested,
           COALESCE(b.id, m.id), COALESCE(b.key, m.key), m.format, COALESCE(b.path, m.path), m.chat_template_override, m.id, COALESCE(u.running_limit, %s)
 """
@@ -150,7 +156,7 @@ class DjangoStore:
             self._listener = listener
             afterwards.callback(setattr, self, "_listener", None)
             while True:
-                yield [str(pk) for (pk,) in listener.execute(_WAITING, [self.node_name])]
+                yield [str(pk) for (pk,) in listener.execute(_WAITING, [self.node_name, self.node_name])]
                 while notices := list(listener.notifies(timeout=seconds, stop_after=1)):
                     yield [notice.payload for notice in notices]
 
@@ -166,7 +172,8 @@ class DjangoStore:
         """Take a queued generation by a conditional update, so that a second delivery finds nothing."""
         now = timezone.now()
         lease = now + timedelta(seconds=LEASE_SECONDS)
-        values: list[Any] = [self.node_name, self.incarnation, lease, now, generation_id, settings.USER_RUNNING_LIMIT]
+        me = [self.node_name, self.incarnation]
+        values: list[Any] = [*me, lease, now, generation_id, *me, settings.USER_RUNNING_LIMIT]
         if self._listener is not None:
             with connection.wrap_database_errors:
                 row = self._listener.execute(_CLAIM, values).fetchone()
@@ -238,8 +245,8 @@ class DjangoStore:
         with _brief(durable=True):
             self._mine().filter(pk__in=[p.id for p in progress]).update(status=Generation.Status.QUEUED, lease_until=None)
 
-    def hand_over(self, progress: Progress) -> bool:
-        """Save and queue again for another node that has not failed at this model lately, if there is one."""
+    def hand_over(self, progress: Progress, *, or_wait: bool = False) -> bool:
+        """Save and queue again for another node that has not failed at this model lately, if there is one, or for any to come."""
         self.save([progress])
         with _brief(durable=True):
             mine = self._mine().filter(pk=progress.id)
@@ -248,7 +255,7 @@ class DjangoStore:
                 return False
             found = routing.reroute(row.model, row.request["model"], excluded={self.node_name})
             if isinstance(found, Refuse):
-                return False
+                return or_wait and bool(mine.update(status=Generation.Status.QUEUED, node="", lease_until=None))
             logger.info("generation %s goes to %s", progress.id, found.node)
             lease = timezone.now() + timedelta(seconds=routing.DISPATCH_SECONDS)
             return bool(mine.update(status=Generation.Status.QUEUED, node=found.node, lease_until=lease))

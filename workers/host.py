@@ -33,7 +33,7 @@ from workers.relay import Live, StreamWriter, end_events, interrupted
 from workers.runner_process import RunnerProcess
 from workers.runners import Policy, Runners
 from workers.schemas import EmbeddingRequest, GenerationRequest
-from workers.store import Claim, Instance, Outcome, Progress, Store
+from workers.store import Claim, Instance, NodeState, Outcome, Progress, Store
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Host:
         self.store = store
         self._on_removed = on_removed
         self._recent_log = RecentLog()
+        self._state = NodeState.ACTIVE
         self.runners = Runners(
             store=store, logs=logs, step_log=step_log, complete_config=complete_config, policy=policy or Policy(), listener=self
         )
@@ -228,7 +229,11 @@ class Host:
         if not (elsewhere and self._hand_over(live)):
             self._fail(live, error)
 
-    def _hand_over(self, live: Live) -> bool:
+    def on_turned_away(self, live: Live) -> None:
+        """Give a generation to another node, or let it wait for one: this one loads nothing new."""
+        self._hand_over(live, or_wait=True)
+
+    def _hand_over(self, live: Live, *, or_wait: bool = False) -> bool:
         """Give a generation to another node. Returns whether there is one; what ended meanwhile counts as given."""
         if live.ended:
             return True
@@ -236,7 +241,7 @@ class Host:
         with live.lock:
             progress = live.progress()
         try:
-            given = self.store.hand_over(progress)
+            given = self.store.hand_over(progress, or_wait=or_wait)
         except DatabaseError as error:
             logger.warning("%s cannot go to another node, PostgreSQL is away: %s", live.id, str(error).strip().splitlines()[0])
             return False
@@ -518,9 +523,30 @@ class Host:
                 self._try_store(self.runners.unload_idle)
 
     def _beat(self) -> None:
-        if self.store.heartbeat(log_lines=self._recent_log.fresh()) is None and self._on_removed is not None:
-            logger.error("This node was removed by an admin, or another machine has its name. The worker ends.")
-            self._on_removed()
+        """Send the heartbeat, and act on what comes back: what an admin lets this node do."""
+        state = self.store.heartbeat(log_lines=self._recent_log.fresh())
+        if state is None:
+            if self._on_removed is not None:
+                logger.error("This node was removed by an admin, or another machine has its name. The worker ends.")
+                self._on_removed()
+            return
+        if state is not self._state:
+            logger.info("This node is %s now.", state)
+            self._state = state
+        self.runners.may_load = state is NodeState.ACTIVE
+        if state is NodeState.DRAINING:
+            self._drain()
+
+    def _drain(self) -> None:
+        """Hand over what has not begun, and unload what has nothing to do; called with every heartbeat until nothing is left."""
+        with self._lock:
+            begun = {generation_id for runner in self.runners.by_id.values() for generation_id in runner.running}
+            waiting = [live for live in self._lives.values() if not live.ended and live.id not in begun]
+            for live in waiting:
+                self.runners.withdraw(live)
+        for live in waiting:
+            self.on_turned_away(live)
+        self.runners.unload_free()
 
     def _refill(self) -> None:
         with self._lock:

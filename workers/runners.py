@@ -78,6 +78,9 @@ class Listener(Protocol):
     def on_waiting(self, live: Live, position: int, reason: str) -> None:
         """A generation waits for memory."""
 
+    def on_turned_away(self, live: Live) -> None:
+        """A waiting generation needs a model that is not loaded, and this node loads nothing new."""
+
     def on_refused(self, live: Live, error: ErrorInfo, *, elsewhere: bool) -> None:
         """The model of a waiting generation cannot be loaded; ``elsewhere``: another node may be able to."""
 
@@ -109,7 +112,7 @@ class Wish:
 class Runners:
     """See the module. ``complete_config`` fills in a load configuration for this machine (context length, threads).
 
-    ``lock`` guards ``by_id``, the wishes, and every runner's ``waiting`` and ``running``.
+    ``may_load`` False: an admin lets this node load nothing new. ``lock`` guards ``by_id``, the wishes, and every runner's ``waiting`` and ``running``.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class Runners:
         self.lock = threading.RLock()
         self.by_id: dict[int, RunnerProcess] = {}
         self.policy = policy
+        self.may_load = True
         self._store = store
         self._logs, self._step_log = logs, step_log
         self._complete_config = complete_config
@@ -228,19 +232,22 @@ class Runners:
 
     def unload_idle(self) -> None:
         """Unload what nobody has used for the time that it was to stay."""
-        now = time.monotonic()
-        due = [runner for runner in list(self.by_id.values()) if _is_expired(runner, now)]
-        if not due:
-            return
-        pinned = self._store.pinned()
-        for runner in due:
-            if runner.instance.id in pinned:
-                continue
+        due = [runner for runner in list(self.by_id.values()) if _is_expired(runner)]
+        if due:
+            pinned = self._store.pinned()
+            self._unload_all([runner for runner in due if runner.instance.id not in pinned], _is_expired)
+
+    def unload_free(self) -> None:
+        """Unload all that has nothing to do: this node is being emptied."""
+        self._unload_all(list(self.by_id.values()), _is_free)
+
+    def _unload_all(self, runners: list[RunnerProcess], is_due: Callable[[RunnerProcess], bool]) -> None:
+        for runner in runners:
             with self.lock:  # no request may come in between
-                if not _is_expired(runner, now):
+                if not is_due(runner):
                     continue
                 runner.stopping = True
-            logger.info("unloading %s: not used for %d s", runner.identifier, runner.ttl_seconds or 0)
+            logger.info("unloading %s: not used for %d s", runner.identifier, time.monotonic() - runner.last_used_at)
             runner.stop()
 
     # --- deciding about loads ------------------------------------------------------------------------------------------
@@ -258,7 +265,9 @@ class Runners:
             self._wishes.sort(key=lambda wish: wish.since)
             wishes = list(self._wishes)
         draining: set[int] = set()
-        for wish in wishes:
+        if not self.may_load:
+            self._turn_away(wishes)
+        for wish in wishes if self.may_load else []:
             try:
                 draining = self._advance(wish)
             except LmwebError as error:
@@ -419,6 +428,22 @@ class Runners:
         runner.draft = draft.key
         return True
 
+    def _turn_away(self, wishes: list[Wish]) -> None:
+        """Give up wishes: the generations go elsewhere, a person is told, and what was to come back does not."""
+        reason = f"The worker '{self._store.node_name}' is being taken out of service and loads nothing new."
+        for wish in wishes:
+            with self.lock:
+                if wish not in self._wishes or self._is_settled(wish):
+                    continue
+                self._wishes.remove(wish)
+                lives = list(wish.lives)
+            if wish.instance is not None and wish.is_jit:
+                self._try_store(lambda pk=wish.instance.id: self._store.instance_gone(pk))  # type: ignore[misc]
+            elif wish.instance is not None:
+                self._try_store(lambda pk=wish.instance.id: self._store.instance_failed(pk, reason))  # type: ignore[misc]
+            for live in lives:
+                self._listener.on_turned_away(live)
+
     # --- telling -------------------------------------------------------------------------------------------------------
 
     def _refuse(self, wish: Wish, error: LmwebError, *, code: str = "") -> None:
@@ -471,14 +496,14 @@ class Runners:
             logger.warning("PostgreSQL is away: %s", str(error).strip().splitlines()[0])
 
 
-def _is_expired(runner: RunnerProcess, now: float) -> bool:
-    return (
-        runner.ready
-        and not runner.stopping
-        and not runner.is_busy
-        and runner.ttl_seconds is not None
-        and now - runner.last_used_at > runner.ttl_seconds
-    )
+def _is_free(runner: RunnerProcess) -> bool:
+    """Whether it has nothing to do; one that is still loading counts only until somebody waits for it."""
+    return not (runner.stopping or runner.running or runner.waiting)
+
+
+def _is_expired(runner: RunnerProcess) -> bool:
+    unused = time.monotonic() - runner.last_used_at
+    return not runner.stopping and not runner.is_busy and runner.ttl_seconds is not None and unused > runner.ttl_seconds
 
 
 def _names(runners: list[RunnerProcess]) -> str:

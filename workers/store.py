@@ -149,8 +149,11 @@ class Store(Protocol):
     def give_back(self, progress: list[Progress]) -> None:
         """Save and queue again what this worker could not finish before its shutdown."""
 
-    def hand_over(self, progress: Progress) -> bool:
-        """Save, and give to another node what this one cannot do; returns whether there is one that may be able to."""
+    def hand_over(self, progress: Progress, *, or_wait: bool = False) -> bool:
+        """Save, and give to another node what this one cannot do; returns whether there is one that may be able to.
+
+        ``or_wait``: without one it waits until there is, and that counts as given.
+        """
 
     def create_instance(self, model: ModelFile, *, ttl_seconds: int | None, running: set[int]) -> Instance:
         """Make the row of a model that a request loads just in time, with the model's defaults.
