@@ -47,7 +47,7 @@ class Leaver:
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What a load would take on which node. ``available_bytes`` is what the guardrail leaves of ``free_bytes``.
+    """What a load would take on which node. ``available_bytes`` is what the guardrail leaves of ``free_bytes``, of ``total_bytes``.
 
     ``fits``: it can be loaded now. ``swap``: after ``leavers`` were unloaded. ``too_large``: not even then. ``unknown``: memory of a
     GPU, which only the engine knows.
@@ -55,6 +55,7 @@ class LoadPlan:
 
     node: WorkerNode
     estimate: MemoryEstimate
+    total_bytes: int
     free_bytes: int
     available_bytes: int
     verdict: Literal["fits", "swap", "too_large", "unknown"]
@@ -79,12 +80,12 @@ def plan_load(*, principal: Principal | None, model: InstalledModel, config: Loa
     unlimited = level is Guardrail.OFF and not settings.MODEL_MEMORY_BYTES
     available = max(0, free - reserve(level, total))
     if found.gpu_bytes:
-        return LoadPlan(row, found, free, available, "unknown", [])
+        return LoadPlan(row, found, total, free, available, "unknown", [])
     missing = found.needed_bytes - available
     if unlimited or missing <= 0:
-        return LoadPlan(row, found, free, available, "fits", [])
+        return LoadPlan(row, found, total, free, available, "fits", [])
     leavers = _leavers(instances, missing)
-    return LoadPlan(row, found, free, available, "swap" if leavers else "too_large", leavers)
+    return LoadPlan(row, found, total, free, available, "swap" if leavers else "too_large", leavers)
 
 
 def _estimate(weights: InstalledModel, config: LoadConfig) -> MemoryEstimate:

@@ -260,13 +260,9 @@ def estimate(request: HttpRequest, model_id: int) -> HttpResponse:
         except LmwebError as error:
             context = {"problem": error.message}
         else:
-            used = plan.node.total_memory_bytes - plan.free_bytes
-            parts = {"used": used, "needed": min(plan.estimate.needed_bytes, plan.free_bytes)}
-            context = {
-                "plan": plan,
-                "has_gpu": has_gpu_build(),
-                "shares": {name: 100 * part / max(1, plan.node.total_memory_bytes) for name, part in parts.items()},
-            }
+            parts = {"used": plan.total_bytes - plan.free_bytes, "needed": min(plan.estimate.needed_bytes, plan.free_bytes)}
+            shares = {name: 100 * part / max(1, plan.total_bytes) for name, part in parts.items()}
+            context = {"plan": plan, "has_gpu": has_gpu_build(), "shares": shares}
     return render(
         request, "models_app/estimate.html", {**context, "make_room": "make_room" in request.POST or "was_asked" not in request.POST}
     )

@@ -145,7 +145,7 @@ document.addEventListener("htmx:afterSwap", (event) => localTimes(event.target))
 // Errors come as a part of the page (a field error, an alert), so they are swapped like any answer, unless the server said otherwise.
 document.addEventListener("htmx:beforeSwap", (event) => {
   const status = event.detail.xhr.status;
-  if (status >= 400 && !event.detail.xhr.getResponseHeader("HX-Reswap")) event.detail.shouldSwap = true;
+  if (status >= 400 && event.detail.xhr.getResponseHeader("HX-Reswap") !== "none") event.detail.shouldSwap = true;
 });
 
 // The badge of Activity: how many downloads run, or, in red, how many need this person.

@@ -46,6 +46,8 @@ def browser(live: Live) -> Iterator[Browser]:
 def page(live: Live, browser: Browser) -> Iterator[Page]:
     live.create_admin()
     page = browser.new_page(viewport={"width": 1280, "height": 800})
+    refused: list[str] = []
+    page.on("console", lambda message: refused.append(message.text) if "Content Security Policy" in message.text else None)
     page.goto(f"{live.base_url}/sign-in?next=/models/")
     page.fill("[name=username]", "admin")
     page.fill("[name=password]", PASSWORD)
@@ -53,6 +55,7 @@ def page(live: Live, browser: Browser) -> Iterator[Page]:
     page.wait_for_selector("#model-list")
     yield page
     page.context.close()
+    assert not refused, refused
 
 
 def row(page: Page, key: str) -> str:
@@ -95,6 +98,7 @@ def test_options_defaults_and_template(page: Page, live: Live, tmp_path: Path) -
     page.wait_for_selector(row(page, "page-test/tuned"), timeout=15_000)
     page.click("button[aria-label='Load Tuned with options']")
     page.wait_for_selector("#load-estimate .memory-bar")
+    assert page.eval_on_selector("#load-estimate .needed", "bar => bar.getBoundingClientRect().width") > 0
     before = page.inner_text("#load-estimate strong")
     page.fill("#id_context_length", "256")
     page.wait_for_function("text => document.querySelector('#load-estimate strong')?.innerText !== text", arg=before)
@@ -130,6 +134,22 @@ def test_options_defaults_and_template(page: Page, live: Live, tmp_path: Path) -
     assert defaults == [({}, {"sampling": {"temperature": 0.3}, "system_prompt": "Be brief."})]
     page.click("text=Verify the files")
     page.wait_for_selector("#verification .badge")
+
+
+def test_paths_on_the_server_and_errors_of_buttons(page: Page, live: Live, tmp_path: Path) -> None:
+    """What a button cannot do is said above the list; a folder that is named is linked."""
+    folder = tmp_path / "page-test" / "Linked-GGUF"
+    folder.mkdir(parents=True)
+    make_micro(folder / "linked.gguf", name="Linked")
+    page.click("#import-open")
+    page.click("text=From the server's own disk")
+    page.fill("#import-path", "/nowhere/at/all")
+    page.press("#import-path", "Enter")
+    page.wait_for_selector("#model-alerts [role=alert]:has-text('/nowhere/at/all cannot be read')")
+    page.fill("#import-path", str(tmp_path))
+    page.press("#import-path", "Enter")
+    page.wait_for_selector(row(page, "page-test/linked"))
+    assert page.inner_text("#model-alerts") == ""
 
 
 def test_lost_connection_and_taken_name_lose_nothing(page: Page, live: Live, tmp_path: Path) -> None:

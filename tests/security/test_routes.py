@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -109,3 +111,11 @@ def test_no_route_fails_on_odd_input(client: Client, owner: User) -> None:
             for method in ("get", "post"):
                 response = getattr(client, method)(route.path(**values) + "?q=%F0%9F%92%A9&sort=%27&limit=-1&model=%22&before=x&after=x")
                 assert response.status_code < 500, (method, route, values)
+
+
+def test_templates_have_nothing_inline_that_the_policy_refuses() -> None:
+    """Browsers ignore style attributes and handlers of events under the server's Content-Security-Policy."""
+    inline = re.compile(r"<[^>]*\s(style|on[a-z]+)=[\"']", re.IGNORECASE)
+    templates = list((Path(__file__).resolve().parent.parent.parent / "templates").rglob("*.html"))
+    assert templates
+    assert not [str(file) for file in templates if inline.search(file.read_text())]
