@@ -40,8 +40,8 @@ class Command(ModelCommand):
         if options["json"]:
             return self.print_json(_infos(models))
         if not models:
-            none = "No model is here in several quantizations." if options["variants"] else "No models."
-            self.stdout.write(f"{none} Import one with: python3 manage.py import_model FILE.gguf")
+            several = "No model is here in several quantizations."
+            self.stdout.write(several if options["variants"] else "No models. Import one with: python3 manage.py import_model FILE.gguf")
             return None
         self.print_table(HEAD, (_row(model) for model in models))
         self.stdout.write(f"{len(models)} model{'' if len(models) == 1 else 's'}, {size(sum(m.size_bytes for m in models))} on disk")

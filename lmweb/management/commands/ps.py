@@ -26,7 +26,9 @@ class Command(ModelCommand):
         if not instances:
             self.stdout.write("No model is loaded. Load one with: python3 manage.py load MODEL")
             return None
-        self.print_table(["IDENTIFIER", "MODEL", "STATUS", "SIZE", "CONTEXT", "TTL", "NODE"], (_row(i, *work[i.pk]) for i in instances))
+        self.print_table(
+            ["IDENTIFIER", "MODEL", "STATUS", "SIZE", "MEMORY", "CONTEXT", "TTL", "NODE"], (_row(i, *work[i.pk]) for i in instances)
+        )
         return None
 
 
@@ -39,7 +41,9 @@ def _row(instance: ModelInstance, running: int, queued: int) -> list[str]:
     elif status == ModelInstance.Status.FAILED:
         status = f"failed: {instance.error[:80]}"
     context = str(instance.config.get("context_length") or "")
-    return [instance.identifier, instance.model.key, status, size(instance.model.size_bytes), context, _ttl(instance), instance.node_id]
+    memory = size(instance.memory_bytes) if instance.memory_bytes else ""
+    file_size = size(instance.model.size_bytes)
+    return [instance.identifier, instance.model.key, status, file_size, memory, context, _ttl(instance), instance.node_id]
 
 
 def _ttl(instance: ModelInstance) -> str:
