@@ -5,12 +5,12 @@ What is compared here are the headers of the files; the engine compares the load
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 from lmweb.access import Principal
 from lmweb.errors import InvalidModelFile, InvalidRequest, ModelNotFound
 from models_app import gguf
+from models_app.file_memory import remembered
 from models_app.memory import complete, read_shape
 from models_app.models import InstalledModel
 from workers.engines import registry
@@ -76,14 +76,6 @@ def _mismatch(model: InstalledModel, draft: InstalledModel) -> str:
     return mine.mismatch(theirs)
 
 
+@remembered(files=256)
 def _vocabulary(file: Path) -> gguf.Vocabulary:
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise InvalidModelFile(f"The file cannot be read: {error.strerror}.") from None
-    return _read(file, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=256)
-def _read(file: Path, _modified: int, _size: int) -> gguf.Vocabulary:
     return gguf.read_vocabulary(file)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from django.conf import settings
 from msgspec.structs import replace
 
-from lmweb.errors import InvalidModelFile
 from models_app import gguf, mlx
+from models_app.file_memory import remembered
 from models_app.models import InstalledModel, MemoryMeasurement
 from workers.memory import MemoryEstimate, ModelShape, estimate
 from workers.mlx_directory import CONFIG
@@ -53,17 +52,9 @@ def complete(config: LoadConfig, trained_context: int) -> LoadConfig:
     return replace(config, context_length=min(config.context_length or settings.DEFAULT_CONTEXT_LENGTH, trained_context))
 
 
+@remembered(files=64)
 def read_shape(file: Path) -> ModelShape:
     """Return what the file says. Raises ``InvalidModelFile``."""
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise InvalidModelFile(f"The file cannot be read: {error.strerror}.") from None
-    return _read_shape(file, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=64)
-def _read_shape(file: Path, _modified: int, _size: int) -> ModelShape:
     if file.name == CONFIG:
         return mlx.read_shape(file)
     header, size = gguf.read_headers(gguf.part_paths(file))
