@@ -96,6 +96,7 @@ async def chat(
     user: int = 0,
     on_first: Callable[[], None] | None = None,
     options: Mapping[str, Any] | None = None,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Answer:
     """Stream one greedy answer of exactly ``max_tokens`` tokens. ``on_first`` is called when its first text is there.
 
@@ -114,7 +115,7 @@ async def chat(
     }
     answer = Answer(time.perf_counter())
     done = False
-    async with asyncio.timeout(TIMEOUT_SECONDS):
+    async with asyncio.timeout(timeout_seconds):
         async for line in _lines(endpoint, "/chat/completions", msgspec.json.encode(body), user):
             if line == b"data: [DONE]":
                 done = True

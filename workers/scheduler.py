@@ -115,7 +115,7 @@ class Scheduler:
         self.batch_tokens = batch_tokens
         self.can_share = can_share
         self.on_cpu = on_cpu
-        self._prompts_had_their_turn = False
+        self._turn_left: int | None = None  # how many tokens of prompts belong to their turn; None: it begins with the next step
 
     @property
     def running(self) -> list[Slot]:
@@ -219,20 +219,44 @@ class Scheduler:
         """
         running = self.running
         decoding = [slot for slot in running if slot.is_decoding and slot.sequence and slot.sequence.output]
-        room = self._prompt_room(len(decoding), prefill_budget)
-        chunks = []
         now = time.perf_counter()
-        prefilling = [(self._prompt_turn(slot, now), slot.id, slot) for slot in running if slot not in decoding]
-        for _, _, slot in sorted(prefilling):
+        prefilling = [slot for slot in running if slot not in decoding]
+        prefilling.sort(key=lambda slot: (self._prompt_turn(slot, now), slot.id))
+        room = self._prompt_room(len(decoding), prefill_budget)
+        if self.on_cpu and decoding and prefilling:
+            return self._take_turns(decoding, prefilling, room)
+        self._turn_left = None
+        return decoding, self._chunks(prefilling, room)
+
+    def _take_turns(self, decoding: list[Slot], prefilling: list[Slot], room: int) -> tuple[list[Slot], list[Chunk]]:
+        """Return a step of prompts, until ``room`` of their tokens are computed, and then a step of those who decode.
+
+        Each prompt has a step of its own, so that its answer begins as soon as it is read and not when its neighbours are; those
+        shorter than a tile share one. What is left of a prompt is not cut once more for less than a tile.
+        """
+        left = room if self._turn_left is None else self._turn_left // CPU_TILE * CPU_TILE
+        if left <= 0:
+            self._turn_left = None
+            return decoding, []
+        first = prefilling[0].remaining
+        wanted = max(first, CPU_TILE) if first < left + CPU_TILE else left
+        chunks = self._chunks(prefilling, min(wanted, self.batch_tokens))
+        if len(chunks) > 1 and chunks[-1].end < len(chunks[-1].slot.tokens):
+            chunks.pop()
+        self._turn_left = left - sum(chunk.end - chunk.start for chunk in chunks)
+        return [], chunks
+
+    @staticmethod
+    def _chunks(prefilling: list[Slot], room: int) -> list[Chunk]:
+        """Return what of these prompts is computed next, so many tokens at most."""
+        chunks = []
+        for slot in prefilling:
             n = min(slot.remaining, room)
             if n <= 0:
                 break
             chunks.append(Chunk(slot, slot.n_kv, slot.n_kv + n))
             room -= n
-        if not self.on_cpu or not decoding or not chunks:
-            return decoding, chunks
-        self._prompts_had_their_turn = not self._prompts_had_their_turn
-        return ([], chunks) if self._prompts_had_their_turn else (decoding, [])
+        return chunks
 
     @staticmethod
     def _prompt_turn(slot: Slot, now: float) -> float:
