@@ -1,7 +1,7 @@
 """Who is next: a fair share of a model's time for every person, whatever they throw at it.
 
-Lanes come first (somebody who watches a chat before a program, a program before a batch), and waiting moves up a lane every
-``AGEING_SECONDS``, so that nobody starves. Within a lane the person with the fewest running sequences is next, and among equals
+Lanes come first (somebody who watches a chat before a program, a program before a batch), and who waits with nothing running moves
+up a lane every ``AGEING_SECONDS``, so that nobody starves. Within a lane the person with the fewest running sequences is next, and among equals
 the one who used the least GPU time lately (the service counter of "Fairness in Serving Large Language Models", Sheng et al.,
 OSDI 2024: a person who comes back does not keep credit from the time they were away).
 
@@ -48,11 +48,20 @@ class FairShare:
         left = list(waiting)
         ordered = []
         while left:
-            best = min(left, key=lambda s: (lane(s, now), counts[s.owner], self._used.get(s.owner, 0.0), s.submitted_at))
+            best = min(left, key=lambda s: self._turn(s, counts[s.owner], now))
             left.remove(best)
             ordered.append(best)
             counts[best.owner] += 1
         return ordered
+
+    def _turn(self, sequence: Sequence, running: int, now: float) -> tuple[int, int, float, float]:
+        """Return what orders sequences, smallest first; ``running`` counts those of the same person.
+
+        Who has something running does not starve: what else they wait for keeps its lane, or the last of a person's many requests
+        would at some point stand before somebody's only one.
+        """
+        place = sequence.lane if running else lane(sequence, now)
+        return place, running, self._used.get(sequence.owner, 0.0), sequence.submitted_at
 
     @staticmethod
     def victim(newcomer: Sequence, running: list[Sequence], now: float) -> Sequence | None:

@@ -51,6 +51,14 @@ def test_time_away_is_no_credit() -> None:
     assert names(fair.order([item("late1", "late", at=1), item("a1", "a", at=2)], [], now=3)) == "a1 late1"
 
 
+def test_what_else_somebody_wants_does_not_age_past_who_has_nothing() -> None:
+    now = 1000.0
+    waiting = [item("eighth", "many", at=now - 5 * AGEING_SECONDS), item("only", "one", at=now)]
+    running = [item(f"{number}", "many") for number in range(7)]
+    assert names(FairShare().order(waiting, running, now=now)) == "only eighth"
+    assert names(FairShare().order(waiting, [], now=now)) == "eighth only"
+
+
 def test_lanes_and_ageing() -> None:
     now = 1000.0
     waiting = [item("batch", "x", lane=Lane.BATCH, at=now), item("api", "y", at=now), item("chat", "z", lane=Lane.INTERACTIVE, at=now)]
