@@ -316,8 +316,9 @@ async def conversation(contest: Contest, *, others: int) -> list[Row]:
 
 @dataclass
 class Share:
-    """What a turn of ``fairness`` gave: times to the first token of one chat by itself, and of each person's without and beside the
-    long streams; the time of a step.
+    """What a turn of ``fairness`` gave: times to first tokens, and the time of a step.
+
+    ``single`` is one chat by itself; ``without`` and ``beside`` are those of each person, without and beside the long streams.
     """
 
     single: list[float]
@@ -373,8 +374,8 @@ async def _share(_server: Server, endpoint: Endpoint, rng: random.Random, *, cha
         raise BadAnswer(f"a long stream ended: {failed[0]}")
     await asyncio.sleep(1)  # the servers notice
     gaps = [gap for answers in beside for answer in answers for gap in answer.gaps()]
-    times = [[[answer.first_seconds for answer in answers] for answers in found] for found in (without, beside)]
-    return Share([answer.first_seconds for answer in single], *times, statistics.median(gaps))
+    firsts = [[[answer.first_seconds for answer in answers] for answers in found] for found in ([single], without, beside)]
+    return Share(firsts[0][0], firsts[1], firsts[2], statistics.median(gaps))
 
 
 async def _endless(endpoint: Endpoint, messages: list[dict[str, str]], started: asyncio.Semaphore) -> None:

@@ -107,3 +107,23 @@ def test_borrowed_cells_stay_in_use_when_their_lender_has_gone() -> None:
     assert (second.lender, second.borrowed) == (first, 60)
     scheduler.release(first)
     assert (second.lender, second.borrowed) == (None, 0)
+
+
+def test_short_prompts_take_one_turn_but_a_step_each_and_long_ones_are_cut() -> None:
+    scheduler = Scheduler(slots=6, cells=20_000, batch_tokens=512, can_share=True, on_cpu=True)
+    lengths = {"stream": 50, "long": 1000, "b": 110, "a": 100, "tiny": 20, "tinier": 10}
+    for slot, (name, length) in zip(scheduler.slots, lengths.items(), strict=True):
+        item = Sequence(name, "someone", [*range(length)], 0, GREEDY, limit=50)
+        if name == "stream":
+            item.output = [1]
+        scheduler.occupy(slot, item, length if name == "stream" else 0)
+    steps = []
+    for _ in range(6):
+        decoding, chunks = scheduler.plan(256)
+        steps.append([(chunk.slot.sequence.id, chunk.end - chunk.start) for chunk in chunks] or len(decoding))
+        for chunk in chunks:
+            chunk.slot.n_kv = chunk.end
+            if chunk.slot.is_decoding or not chunk.slot.remaining:
+                chunk.slot.sequence.output.append(1)
+                chunk.slot.tokens.append(1)
+    assert steps == [[("tinier", 10), ("tiny", 20)], [("a", 100)], [("b", 110)], 5, [("long", 256)], 5]
