@@ -68,12 +68,13 @@ def scan(*, principal: Principal | None, folder: Path | None = None, mode: Mode 
 
 
 def take_in(*, principal: Principal, path: Path, mode: Mode) -> list[Found]:
-    """Take in a file, or the files of a folder, that lies on the server's own disk.
+    """Take in a file, a directory in the MLX format, or the models of a folder, that lies on the server's own disk.
 
     Raises ``PermissionDenied`` (only admins name paths), ``InvalidRequest``, ``InvalidModelFile`` and ``Conflict``.
     """
     require(principal, Action.IMPORT_FROM_SERVER)
-    if placement.resolve(path).is_dir():
+    resolved = placement.resolve(path)
+    if resolved.is_dir() and not mlx.is_directory(resolved):
         return scan(principal=principal, folder=path, mode=mode)
     return [Found(str(path), key=services.import_file(principal=principal, source=path, mode=mode).key)]
 

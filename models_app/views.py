@@ -290,7 +290,9 @@ def import_path(request: HttpRequest) -> HttpResponse:
     """Take in a file or a folder of model files that lies on the server's own disk; it stays where it is."""
     typed = request.POST.get("path", "").strip()
     if not typed or "\x00" in typed:
-        raise InvalidRequest("Give the path of a .gguf file, or of a folder like LM Studio's, on the server.", param="path")
+        raise InvalidRequest(
+            "Give the path of a .gguf file, of an MLX directory, or of a folder like LM Studio's, on the server.", param="path"
+        )
     mode = Mode.HARD_LINK if request.POST.get("mode") == Mode.HARD_LINK else Mode.SYMBOLIC_LINK
     return _said(request, scan.take_in(principal=principal_of(request), path=Path(typed), mode=mode))
 

@@ -22,7 +22,7 @@ from models_app.defaults import check_config
 from models_app.memory import estimate_model, read_shape
 from models_app.models import InstalledModel, ModelFile
 from models_app.placement import Mode
-from models_app.scan import Found, scan
+from models_app.scan import Found, scan, take_in
 from tests.hub.server import Hub, Repo
 from tests.micro_models import make_micro, make_micro_mlx
 from tests.models.conftest import stored_files
@@ -98,6 +98,12 @@ def test_scans_find_directories(source: Path, models_dir: Path, tmp_path: Path) 
     (tmp_path / "lmstudio" / "mlx-community" / "notes" / "config.json").write_text("{}")
     assert [each.key for each in scan(principal=None, folder=tmp_path / "lmstudio")] == ["mlx-community/other-4bit"]
     assert InstalledModel.objects.get(key="mlx-community/other-4bit").file.is_symlink()
+
+
+def test_an_admin_names_a_directory_on_the_server(source: Path, boss: Principal) -> None:
+    (found,) = take_in(principal=boss, path=source, mode=Mode.SYMBOLIC_LINK)
+    assert found.key == "local/tiny-model"
+    assert InstalledModel.objects.get().file.resolve() == source / "config.json"
 
 
 def edit(name: str, **values: object) -> Callable[[Path], None]:

@@ -146,6 +146,8 @@ PROGRESS = (QueueUpdate, PromptProcessingStart, PromptProcessingProgress, Prompt
 class Story:
     """A runner and its host."""
 
+    pool = POOL
+
     def __init__(self, files: tuple[Path, Path], seed: int) -> None:
         self.files = files
         self.random = Random(seed)
@@ -163,7 +165,7 @@ class Story:
 
     def submit(self, key: str) -> None:
         answer = self.answers[key]
-        request = POOL[answer.number]
+        request = self.pool[answer.number]
         path = str(self.files[1]) if request.draft_model else ""
         self.take(
             self.runner.submit(Submit(generation_id=key, owner=answer.owner, request=request, output_tokens=answer.tokens, draft_path=path))
@@ -175,7 +177,7 @@ class Story:
 
     def begin(self) -> None:
         key = f"g{len(self.answers)}"
-        self.answers[key] = Answer(self.random.randrange(len(POOL)), self.random.choice("ab"))
+        self.answers[key] = Answer(self.random.randrange(len(self.pool)), self.random.choice("ab"))
         self.submit(key)
 
     def cancel(self) -> None:

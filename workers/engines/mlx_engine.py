@@ -297,8 +297,7 @@ def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) ->
         raise ModelLoadFailed(error.message) from error
     if config.gpu_layers == 0:
         mx.set_default_device(mx.Device(mx.DeviceType.cpu))
-    loaded = open_model(directory)
-    on_progress(1.0)
+    loaded = open_model(directory, on_progress)
     trained = directory.context_length
     context_length = min(config.context_length or trained, trained)
     cells = kv_cells(context_length, config.parallel, directory.kv_bytes_per_token)

@@ -6,6 +6,7 @@ of ``tokenizer.json`` alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 from llguidance import LLTokenizer
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING, load_model
 from tokenizers import Tokenizer
@@ -21,6 +23,8 @@ from lmweb.errors import ModelLoadFailed
 from workers.mlx_directory import CONFIG, TOKENIZER, MlxDirectory
 from workers.parsing.visible import VISIBLE_SPECIALS
 
+#: Weights are read so much at a time, between reports of progress.
+READ_BYTES = 64 * 1024 * 1024
 #: What the libraries raise for settings and weights that make no sense to them.
 _LIBRARY_ERRORS = (
     ValueError,
@@ -86,11 +90,12 @@ class Loaded:
     can_trim: bool
 
 
-def open_model(directory: MlxDirectory) -> Loaded:
+def open_model(directory: MlxDirectory, on_progress: Callable[[float], None]) -> Loaded:
     """Load weights and vocabulary. Raises ``ModelLoadFailed`` in words."""
     _check_architecture(directory)
     try:
-        model, _ = load_model(directory.files[CONFIG].parent, trust_remote_code=False)
+        model, _ = load_model(directory.files[CONFIG].parent, lazy=True, trust_remote_code=False)
+        _read_weights(model, on_progress)
         width = int(model(mx.array([[0]], dtype=mx.uint32)).shape[-1])
         cache = make_prompt_cache(model)
     except _LIBRARY_ERRORS as error:
@@ -100,6 +105,21 @@ def open_model(directory: MlxDirectory) -> Loaded:
             f"mlx-lm cannot compute several answers of a '{directory.model_type}' model together, which this server needs."
         )
     return Loaded(model, Vocabulary(directory, width), directory.weights_bytes, all(layer.is_trimmable() for layer in cache))
+
+
+def _read_weights(model: Any, on_progress: Callable[[float], None]) -> None:
+    """Bring the weights into memory, which ``load_model`` has only described, some at a time."""
+    weights: list[Any] = [entry[1] for entry in tree_flatten(model.parameters())]
+    total, done, batch, size = sum(value.nbytes for value in weights) or 1, 0, [], 0
+    for value in weights:
+        batch.append(value)
+        size += value.nbytes
+        if size >= READ_BYTES:
+            mx.eval(batch)
+            done, batch, size = done + size, [], 0
+            on_progress(done / total)
+    mx.eval(batch)
+    on_progress(1.0)
 
 
 def _check_architecture(directory: MlxDirectory) -> None:
