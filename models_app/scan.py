@@ -35,8 +35,9 @@ class Found:
 def scan(*, principal: Principal | None, folder: Path | None = None, mode: Mode = Mode.SYMBOLIC_LINK) -> list[Found]:
     """Take in the model files of a folder that are in no list yet; files of the models directory (None) stay where they are.
 
-    ``mode`` says how files of another folder come in. ``principal`` None stands for the administrator at the command line. Raises
-    ``PermissionDenied`` (only admins name a folder), or ``InvalidRequest`` for a folder that is none.
+    ``mode`` says how files of another folder come in; those that lie in it directly are named after what they say of themselves.
+    ``principal`` None stands for the administrator at the command line. Raises ``PermissionDenied`` (only admins name a folder), or
+    ``InvalidRequest`` for a folder that is none.
     """
     if principal:
         require(principal, Action.IMPORT_MODELS if folder is None else Action.IMPORT_FROM_SERVER)
@@ -46,17 +47,18 @@ def scan(*, principal: Principal | None, folder: Path | None = None, mode: Mode 
         raise InvalidRequest(f"{chosen} is not a folder.", param="folder")
     found = []
     known = set(ModelFile.objects.values_list("path", flat=True))
-    for file in _files(chosen):
+    for file in _files(chosen, flat=chosen != root):
         relative = "/".join(file.parts[-3:])
         if relative in known:
             continue
         try:
-            publisher, repo = naming.parse_user_repo("/".join(file.parts[-3:-1]))
-            if chosen == root:
+            user_repo = "/".join(file.parts[-3:-1]) if file.parent != chosen else None
+            if user_repo and chosen == root:
+                publisher, repo = naming.parse_user_repo(user_repo)
                 model = services.register_stored(principal=principal, file=file, publisher=publisher, repo=repo)
             else:
                 source = file.parent if file.name == CONFIG else file
-                model = services.import_file(principal=principal, source=source, user_repo=f"{publisher}/{repo}", mode=mode)
+                model = services.import_file(principal=principal, source=source, user_repo=user_repo, mode=mode)
         except Conflict as error:
             if "key" not in error.details:  # what is installed already is no problem
                 found.append(Found(relative, problem=error.message))
@@ -79,10 +81,14 @@ def take_in(*, principal: Principal, path: Path, mode: Mode) -> list[Found]:
     return [Found(str(path), key=services.import_file(principal=principal, source=path, mode=mode).key)]
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """Yield the file that stands for each model below a folder, in their order: no further parts, no projectors, no linked folders."""
+def _files(root: Path, *, flat: bool) -> Iterator[Path]:
+    """Yield the file that stands for each model below a folder, in their order: no further parts, no projectors, no linked folders.
+
+    ``flat`` says that GGUF files may also lie in the folder itself.
+    """
     count = 0
-    for file in sorted([*root.glob(f"*/*/*{naming.SUFFIX}"), *root.glob(f"*/*/{CONFIG}")]):
+    patterns = [f"*/*/*{naming.SUFFIX}", f"*/*/{CONFIG}", *([f"*{naming.SUFFIX}"] if flat else [])]
+    for file in sorted(file for pattern in patterns for file in root.glob(pattern)):
         if any(part.startswith(".") for part in file.parts[-3:]) or file.parent.resolve() != file.parent:
             continue
         if _LATER_PART.search(file.name) or _PROJECTOR.search(file.name):

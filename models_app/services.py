@@ -61,7 +61,7 @@ def import_file(
     """
     if principal:
         require(principal, Action.IMPORT_MODELS)
-    if source.is_dir():
+    if placement.resolve(source).is_dir():
         return _import_directory(principal, source, user_repo, mode, progress)
     name = naming.file_name(original_name or source.name)  # of a link its own name: caches link from names to hashes
     source = placement.check_source(source, mode)

@@ -279,7 +279,7 @@ def _said(request: HttpRequest, found: list[scan.Found]) -> HttpResponse:
     """Return the list as it is now, and what was found."""
     problems = [f"{each.path}: {each.problem}" for each in found if each.problem]
     added = sum(bool(each.key) for each in found)
-    text = f"{added} model{'' if added == 1 else 's'} added." if added or not problems else ""
+    text = f"{added} model{'' if added == 1 else 's'} added." if added else "" if problems else "Nothing new was found."
     said = " ".join([text, *problems[:3], f"And {len(problems) - 3} more problems." if len(problems) > 3 else ""]).strip()
     return _changed(request, {"toast": {"text": said, "kind": "bad" if problems else "good"}})
 

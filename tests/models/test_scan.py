@@ -99,12 +99,15 @@ def test_paths_on_the_server_from_the_browser(micro: Path, admin: User, owner: U
     """An admin names a file or a folder; it is linked, and whatever else is named is refused in words."""
     folder = tmp_path / "lmstudio" / "models"
     theirs = lay(folder, "bartowski/New-Model-GGUF/new.gguf", micro)
+    lay(folder, "Directly-F32.gguf", micro)
     client = Client(raise_request_exception=False)
     client.force_login(admin)
-    assert "1 model added." in client.post("/models/import-path", {"path": f" {folder} "}).headers["HX-Trigger"]
+    assert "2 models added." in client.post("/models/import-path", {"path": f" {folder} "}).headers["HX-Trigger"]
+    assert "Nothing new was found." in client.post("/models/import-path", {"path": str(folder)}).headers["HX-Trigger"]
     linked = client.post("/models/import-path", {"path": str(micro), "mode": "hard-link"})
     assert "local/micro-test" in linked.content.decode()
-    first, second = InstalledModel.objects.order_by("key")
+    first, flat, second = InstalledModel.objects.order_by("key")
+    assert flat.key == "local/directly"
     assert (first.file.resolve(), second.file.stat().st_ino) == (theirs, micro.stat().st_ino)
     (tmp_path / "bad.gguf").write_bytes(hostile_files()["text"])
     wrong = ["", "a\0b", "/nowhere", "~nobody-of-this-name/x", "/dev/zero", "/etc/passwd", "x" * 5000]
@@ -114,4 +117,4 @@ def test_paths_on_the_server_from_the_browser(micro: Path, admin: User, owner: U
     client.force_login(owner)
     for path in (str(micro), str(folder)):
         assert client.post("/models/import-path", {"path": path}).status_code == 403
-    assert InstalledModel.objects.count() == 2
+    assert InstalledModel.objects.count() == 3
