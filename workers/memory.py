@@ -15,7 +15,7 @@ from lmweb.errors import InsufficientMemory
 from workers.schemas import LoadConfig
 
 #: KV cells beyond one full context, so that short requests run side by side, cost at most this much memory.
-EXTRA_CELLS_BYTES = 64 * 1024 * 1024
+EXTRA_CELLS_BYTES = 256 * 1024 * 1024
 #: Bytes per number of the precisions that keys and values may have, relative to 16 bits (ggml's block formats with their scales).
 KV_FACTORS = {
     "f32": 2.0, "f16": 1.0, "q8_0": 34 / 64, "q5_1": 24 / 64, "q5_0": 22 / 64, "q4_1": 20 / 64, "q4_0": 18 / 64, "iq4_nl": 18 / 64,
