@@ -15,7 +15,6 @@ from lmweb.errors import InvalidRequest, LmwebError, ModelNotFound
 from models_app import memory
 from models_app.loading import LoadPlan
 from models_app.models import InstalledModel, ModelInstance
-from workers.memory import has_gpu_build
 from workers.schemas import LoadConfig
 
 
@@ -141,7 +140,7 @@ def plan_lines(model: InstalledModel, config: LoadConfig, plan: LoadPlan) -> lis
     lines = [
         f"Model: {model.key}",
         f"Context: {context} tokens, {config.parallel} answers at once",
-        f"Estimated GPU Memory:   {size(found.gpu_bytes) if has_gpu_build() else f'none, {plan.node.name} has no GPU that llama.cpp can use'}",
+        f"Estimated GPU Memory:   {size(found.gpu_bytes) if plan.node.has_gpu else f'none, {plan.node.name} has no GPU that llama.cpp can use'}",
         f"Estimated Total Memory: {size(found.needed_bytes)}",
     ]
     parts = {"weights": found.weights_bytes, "repacked for the CPU": found.repacked_bytes}

@@ -15,7 +15,7 @@ from lmweb.errors import LmwebError
 from models_app.defaults import MAX_SYSTEM_PROMPT, InferenceDefaults, load_config
 from models_app.loading import loading_nodes
 from models_app.models import InstalledModel
-from workers.memory import has_gpu_build
+from workers.models import WorkerNode
 from workers.schemas import KvCacheType, LoadConfig, SamplingParams
 
 ON_OFF: Final = [("on", "On"), ("off", "Off")]
@@ -85,6 +85,9 @@ class ConfigForm(ServiceForm):
 
     def __init__(self, model: InstalledModel, data: QueryDict | None = None) -> None:
         self.model = model
+        # Layers are of no interest where there is no GPU to put them on.
+        has_gpu = WorkerNode.objects.alive().filter(hardware__has_gpu=True).exists()
+        self._main = [name for name in self.MAIN if name != "gpu_layers" or has_gpu]
         config = load_config(model)
         initial = {**msgspec.structs.asdict(LoadConfig()), **msgspec.structs.asdict(config)}
         initial["context_length"] = config.context_length or min(settings.DEFAULT_CONTEXT_LENGTH, model.max_context_length)
@@ -96,19 +99,15 @@ class ConfigForm(ServiceForm):
 
     def main_fields(self) -> list[forms.BoundField]:
         """Return the fields that are always shown."""
-        return [self[name] for name in self._main()]
+        return [self[name] for name in self._main]
 
     def more_fields(self) -> list[forms.BoundField]:
         """Return the fields behind the fold."""
-        return [self[name] for name in ConfigForm.base_fields if name not in self._main()]
-
-    def _main(self) -> list[str]:
-        """Return the names of what is always shown; layers are of no interest where there is no GPU to put them on."""
-        return [name for name in self.MAIN if name != "gpu_layers" or has_gpu_build()]
+        return [self[name] for name in ConfigForm.base_fields if name not in self._main]
 
     def more_is_open(self) -> bool:
         """Whether the fold is open: something in it is wrong, or not at its default."""
-        rest = {name: value for name, value in self.model.load_defaults.items() if name not in self._main()}
+        rest = {name: value for name, value in self.model.load_defaults.items() if name not in self._main}
         return bool(rest or any(field.errors for field in self.more_fields()))
 
     def config(self) -> LoadConfig:

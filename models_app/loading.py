@@ -25,7 +25,7 @@ from models_app.drafts import check_draft, draft_file
 from models_app.memory import estimate_model
 from models_app.models import Generation, InstalledModel, ModelInstance
 from workers import dispatch, router
-from workers.memory import Guardrail, MemoryEstimate, Resident, choose_leavers, has_gpu_build, reserve
+from workers.memory import Guardrail, MemoryEstimate, Resident, choose_leavers, reserve
 from workers.models import WorkerNode
 from workers.router import Node, Refuse, Wanted
 from workers.schemas import LoadConfig
@@ -71,8 +71,9 @@ def plan_load(*, principal: Principal | None, model: InstalledModel, config: Loa
     if principal:
         require(principal, Action.LOAD_MODELS)
     config = check_config(model, config)
-    found = _estimate(model.base or model, config)
-    row = _node_for(model, found.needed_bytes, node)
+    weights = model.base or model
+    row = _node_for(model, _estimate(weights, config, on_gpu=False).needed_bytes, node)
+    found = _estimate(weights, config, on_gpu=row.has_gpu)
     instances = list(row.instances.select_related("model").exclude(status=S.FAILED))
     held = sum(instance.memory_bytes or 0 for instance in instances)
     free, total = routing.within_limit(row.free_memory_bytes, row.total_memory_bytes, held)
@@ -88,9 +89,9 @@ def plan_load(*, principal: Principal | None, model: InstalledModel, config: Loa
     return LoadPlan(row, found, total, free, available, "swap" if leavers else "too_large", leavers)
 
 
-def _estimate(weights: InstalledModel, config: LoadConfig) -> MemoryEstimate:
+def _estimate(weights: InstalledModel, config: LoadConfig, *, on_gpu: bool) -> MemoryEstimate:
     """Return what a load takes, with its draft model."""
-    found = estimate_model(weights, config, on_gpu=has_gpu_build())
+    found = estimate_model(weights, config, on_gpu=on_gpu)
     draft = draft_file(config.draft_model)
     return replace(found, draft_bytes=draft.needed_bytes) if draft else found
 

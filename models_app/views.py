@@ -27,7 +27,6 @@ from models_app import loading, placement, scan, services, uploads, virtual
 from models_app.forms import LoadForm
 from models_app.models import InstalledModel, ModelInstance
 from models_app.placement import Mode
-from workers.memory import has_gpu_build
 from workers.models import WorkerNode
 
 P = ParamSpec("P")
@@ -262,7 +261,7 @@ def estimate(request: HttpRequest, model_id: int) -> HttpResponse:
         else:
             parts = {"used": plan.total_bytes - plan.free_bytes, "needed": min(plan.estimate.needed_bytes, plan.free_bytes)}
             shares = {name: 100 * part / max(1, plan.total_bytes) for name, part in parts.items()}
-            context = {"plan": plan, "has_gpu": has_gpu_build(), "shares": shares}
+            context = {"plan": plan, "shares": shares}
     return render(
         request, "models_app/estimate.html", {**context, "make_room": "make_room" in request.POST or "was_asked" not in request.POST}
     )

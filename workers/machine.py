@@ -17,11 +17,12 @@ from workers.memory import gpu_memory, has_gpu_build
 
 @lru_cache(maxsize=1)
 def hardware() -> dict[str, Any]:
-    """Return cores, processor, system and the GPUs that llama.cpp was compiled for, with their memory in bytes."""
+    """Return cores, processor, system, whether llama.cpp was compiled for a GPU, and what is known of GPUs; memory in bytes."""
     return {
         "cpu_cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
         "cpu_name": _cpu_name(),
         "system": f"{platform.system()} {platform.machine()}",
+        "has_gpu": has_gpu_build(),
         "gpu_names": _gpu_names(),
         "gpu_memory_bytes": gpu_memory(),
     }

@@ -65,6 +65,11 @@ class WorkerNode(models.Model):
         return f"gpu.{self.name}"
 
     @property
+    def has_gpu(self) -> bool:
+        """Whether its llama.cpp was compiled for a GPU."""
+        return bool(self.hardware.get("has_gpu"))
+
+    @property
     def is_local(self) -> bool:
         """Whether it belongs to the server's own machine, which needs no token."""
         return not self.key_digest

@@ -205,6 +205,19 @@ def test_estimates_load_nothing(micro: Path, node: WorkerNode, tmp_path: Path) -
     assert not ModelInstance.objects.exists()
 
 
+def test_an_estimate_names_the_memory_on_the_gpu(micro: Path, node: WorkerNode) -> None:
+    WorkerNode.objects.update(hardware={"has_gpu": True}, free_memory_bytes=8_000_000_000, total_memory_bytes=10_000_000_000)
+    run("import_model", str(micro), "--user-repo", "team/model")
+    whole = json.loads(run("estimate", "model", "--json"))
+    assert (whole["verdict"], whole["gpuBytes"]) == ("unknown", whole["weightsBytes"] + whole["kvBytes"] + whole["computeBytes"])
+    assert "Estimated GPU Memory:   0 B" in run("estimate", "model", "--gpu", "off")
+    assert json.loads(run("estimate", "model", "--gpu", "off", "--json"))["verdict"] == "fits"
+    half = json.loads(run("estimate", "model", "--gpu", "0.5", "--json"))
+    assert 0 < half["gpuBytes"] < whole["gpuBytes"]
+    WorkerNode.objects.update(hardware={})
+    assert "has no GPU that llama.cpp can use" in run("estimate", "model")
+
+
 def test_what_would_have_to_leave_is_said_and_leaves_only_when_asked(micro: Path, node: WorkerNode) -> None:
     WorkerNode.objects.update(free_memory_bytes=600_000_000, total_memory_bytes=10_000_000_000)
     run("import_model", str(micro), "--user-repo", "team/model")
