@@ -12,6 +12,7 @@ urlpatterns: list[URLPattern | URLResolver] = [
     path("models/", include("models_app.urls")),
     path("discover/", include("models_app.discover_urls")),
     path("activity/", include("models_app.activity_urls")),
+    path("workers/", include("models_app.workers_urls")),
     path("developer/", include("api.pages")),
     path("setup/<str:secret>", views.set_up, name="set-up"),
     path("sign-in", views.SignInView.as_view(), name="sign-in"),

@@ -8,7 +8,6 @@ silent for too long. Losing the row ends the work and keeps what is on disk.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -16,21 +15,20 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-import httpx2
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection, transaction
 from django.db.models import Count
 from django.utils import timezone
 
-from lmweb.errors import Conflict, CorruptDownload, HubBusy, LmwebError, OutboundFailed
-from models_app import downloads, gguf, hub, placement, services
+from lmweb.errors import Conflict, CorruptDownload, HubBusy, LmwebError
+from models_app import downloads, fetching, gguf, hub, placement, services
+from models_app.fetching import BusyError
 from models_app.hub import RemoteFile
 from models_app.models import Download, ModelFile
 from models_app.services import NewFile
@@ -40,9 +38,6 @@ logger = logging.getLogger(__name__)
 
 LEASE_SECONDS: Final = 60
 REPORT_SECONDS: Final = 1.0
-#: One request asks for at most this much: servers in front of the Hub refuse larger answers.
-RANGE_BYTES: Final = 16 * 2**30
-MAX_FRUITLESS_TRIES: Final = 12
 MAX_WAIT_SECONDS: Final = 60.0
 #: After this much of a file its header is there, and a file that is no model is given up.
 CHECK_BYTES: Final = 16 * 2**20
@@ -54,10 +49,6 @@ Status = Download.Status
 
 class _LostError(Exception):
     """The row is not this worker's any more."""
-
-
-class _BusyError(Exception):
-    """Whoever had the download before has not let go of its files yet."""
 
 
 @dataclass
@@ -140,7 +131,7 @@ class Transfer:
             self._register()
         except _LostError:
             logger.info("download %s is not ours any more", self._row.pk)
-        except _BusyError:  # a thread that was paused waits for its last bytes; the periodic look tries again
+        except BusyError:  # a thread that was paused waits for its last bytes; the periodic look tries again
             self._let_go()
         except LmwebError as error:
             self._fail(error)
@@ -155,45 +146,28 @@ class Transfer:
         placement.require_free_space(max(0, self._row.total_bytes - here))
         done = 0
         for number, file in enumerate(self._files):
-            with _locked(self._part(number)) as descriptor:
+            with fetching.locked(self._part(number)) as descriptor:
                 self._fetch(file, descriptor, done, is_first=number == 0)
             done += file.size
         self._report(done, force=True)
 
     def _fetch(self, file: RemoteFile, descriptor: int, before: int, *, is_first: bool) -> None:
         """Bring one file to its announced size; ``before`` are the bytes of earlier files."""
-        tries = 0
-        while (at := os.fstat(descriptor).st_size) != file.size:
-            if at > file.size:
-                os.ftruncate(descriptor, 0)
-                continue
-            self._report(before + at, force=True)
-            try:
-                self._fetch_range(file, descriptor, at, before, is_first=is_first)
-            except (httpx2.TransportError, OutboundFailed) as error:
-                if isinstance(error, OutboundFailed) and not error.retryable:
-                    raise
-                now = os.fstat(descriptor).st_size
-                tries = 0 if now > at else tries + 1
-                if tries >= MAX_FRUITLESS_TRIES:
-                    raise OutboundFailed(f"{_words(error)} After {tries} tries the download was given up; what arrived is kept.") from None
-                self._wait(error, tries, before + now)
-        self._report(before + file.size, force=True)
 
-    def _fetch_range(self, file: RemoteFile, descriptor: int, at: int, before: int, *, is_first: bool) -> None:
-        last = min(file.size, at + RANGE_BYTES) - 1
-        with hub.open_file(self._row.repo, self._row.revision, file.path, first=at, last=last) as response:
-            at = _begin(response, file, descriptor, at)
-            for chunk in response.iter_raw():  # as they come: a chunk that is cut off would be lost
-                if at + len(chunk) > file.size:
-                    raise CorruptDownload(f"The Hub sends more of {file.path} than the {file.size} bytes that it announced.")
-                _write(descriptor, chunk, at)
-                at += len(chunk)
-                self._progress.add(len(chunk))
-                _throttle.take(len(chunk), settings.DOWNLOAD_BYTES_PER_SECOND)
-                self._report(before + at)
-                if is_first and at >= CHECK_BYTES:
-                    self._check_beginning(file)
+        def arrived(at: int, count: int) -> None:
+            self._progress.add(count)
+            _throttle.take(count, settings.DOWNLOAD_BYTES_PER_SECOND)
+            self._report(before + at)
+            if is_first and at >= CHECK_BYTES:
+                self._check_beginning(file)
+
+        def wait(error: Exception, tries: int, at: int) -> None:
+            self._wait(error, tries, before + at)
+
+        self._report(before + os.fstat(descriptor).st_size, force=True)
+        source = partial(hub.open_file, self._row.repo, self._row.revision, file.path)
+        fetching.fetch(file, descriptor, source, arrived=arrived, wait=wait)
+        self._report(before + file.size, force=True)
 
     def _check_beginning(self, file: RemoteFile) -> None:
         """Give a file up early that is no model. Parts of a split model are told by all of them only, after the end."""
@@ -280,11 +254,11 @@ class Transfer:
     def _wait(self, error: Exception, tries: int, done: int) -> None:
         """Wait before the next try, as long as the Hub asked or a little longer each time, and say so in the row."""
         seconds = float(error.details["retry_after_seconds"]) if isinstance(error, HubBusy) else min(MAX_WAIT_SECONDS, 0.5 * 2.0**tries)
-        logger.info("download %s: %s; next try in %.1f s", self._row.pk, _words(error), seconds)
+        logger.info("download %s: %s; next try in %.1f s", self._row.pk, fetching.words(error), seconds)
         deadline = time.monotonic() + seconds
         self._progress.rest()
         while (left := deadline - time.monotonic()) > 0:
-            self._report(done, force=True, note=f"{_words(error)} Next try in {max(1, round(left))} s."[:300])
+            self._report(done, force=True, note=f"{fetching.words(error)} Next try in {max(1, round(left))} s."[:300])
             self._worker.stopping.wait(min(REPORT_SECONDS, left))
 
     def _fail(self, error: LmwebError) -> None:
@@ -371,62 +345,8 @@ class _Throttle:
 _throttle = _Throttle()
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """Open a part for writing, alone. Raises ``_BusyError`` while another thread or process still has it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield descriptor
-    except BlockingIOError:
-        raise _BusyError from None
-    finally:
-        os.close(descriptor)
-
-
-def _begin(response: httpx2.Response, file: RemoteFile, descriptor: int, at: int) -> int:
-    """Check that an answer is about the right bytes of the right file, and return where they begin."""
-    for redirect in response.history:
-        announced = redirect.headers.get("X-Linked-Etag", "").strip('W/"')
-        if file.sha256 and len(announced) == 64 and announced != file.sha256:
-            raise CorruptDownload(f"The Hub has another {file.path} now than the one that was asked for. Start the download anew.")
-    total = _total_size(response)
-    if total is not None and total != file.size:
-        raise CorruptDownload(
-            f"The Hub announced {file.path} with {file.size} bytes and sends a file of {total}. Look at the model again in Discover."
-        )
-    if response.status_code == 206:
-        start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-        if start != str(at):
-            raise CorruptDownload(f"The Hub sends other bytes of {file.path} than were asked for.")
-        return at
-    if at:  # a server without ranges: all of it comes again
-        os.ftruncate(descriptor, 0)
-    return 0
-
-
-def _total_size(response: httpx2.Response) -> int | None:
-    if response.status_code == 206:
-        text = response.headers.get("Content-Range", "").rpartition("/")[2]
-    else:
-        text = response.headers.get("Content-Length", "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
-
-
-def _write(descriptor: int, chunk: bytes, at: int) -> None:
-    rest = memoryview(chunk)
-    while rest:
-        written = os.pwrite(descriptor, rest, at)
-        rest, at = rest[written:], at + written
-
-
 def _role(file: RemoteFile) -> ModelFile.Role:
     return ModelFile.Role.PROJECTOR if PROJECTOR.search(file.name) else ModelFile.Role.WEIGHTS
-
-
-def _words(error: Exception) -> str:
-    return error.message if isinstance(error, LmwebError) else "The connection was cut off."
 
 
 def _disk_error(error: OSError) -> Conflict:

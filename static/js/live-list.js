@@ -5,7 +5,8 @@ const IDLE_MS = 5000;
 
 /**
  * Keep the element `listId` current. It carries `data-url`, `data-seen` (a fingerprint) and, while something moves, `data-busy`.
- * `query()` returns what else the address needs. Returns a function that looks at once. What somebody has open stays as it is.
+ * `query()` returns what else the address needs. Returns a function that looks at once. What somebody has open stays as it is,
+ * or, with `data-live` and an id, stays open and current.
  */
 export function keepListCurrent({ listId, offlineId, query = () => new URLSearchParams() }) {
   const list = () => document.getElementById(listId);
@@ -15,10 +16,12 @@ export function keepListCurrent({ listId, offlineId, query = () => new URLSearch
   /** Put a fresh list in the page's place, keeping the focus where it was. */
   function replaceList(html) {
     const focused = document.activeElement?.id;
+    const live = [...list().querySelectorAll("details[open][data-live]")].map((details) => details.id);
     const template = document.createElement("template");
     template.innerHTML = html; // rendered and escaped by our own server
     list().replaceWith(template.content);
     window.htmx.process(list());
+    for (const id of live) document.getElementById(id)?.setAttribute("open", "");
     if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
   }
 
@@ -30,7 +33,7 @@ export function keepListCurrent({ listId, offlineId, query = () => new URLSearch
       const response = await fetch(`${shown.dataset.url}?${parameters}`, { headers: { "HX-Request": "true" } });
       if (response.headers.get("HX-Redirect")) return location.assign(response.headers.get("HX-Redirect"));
       offline.hidden = response.status < 500;
-      const open = list().querySelector("details[open]") || document.querySelector("dialog[open]");
+      const open = list().querySelector("details[open]:not([data-live])") || document.querySelector("dialog[open]");
       if (response.status === 200 && list() === shown && !open) replaceList(await response.text());
     } catch {
       offline.hidden = false;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from datetime import timedelta
 from typing import Any
 
@@ -9,7 +10,7 @@ from django.utils import timezone
 
 from chat.models import Chat, Message
 from lmweb.models import User
-from models_app.models import Generation, InstalledModel
+from models_app.models import Generation, InstalledModel, ModelInstance
 from tests.chat import worker
 from workers.events import (
     AnyEvent,
@@ -20,6 +21,7 @@ from workers.events import (
     PromptProcessingStart,
     QueueUpdate,
 )
+from workers.models import JoinRefusal, NodeToken, WorkerNode
 
 MARKDOWN = """# Batching, in short
 
@@ -154,3 +156,53 @@ def build(name: str) -> dict[str, str]:
             user, "Write a long program", "```c\n" + "\n".join(f"int value_{i} = {i};" for i in range(500)) + "\n```\n\nThat is it."
         ),
     }
+
+
+def nodes(name: str) -> None:
+    """Make machines on paper, one in each state; their heartbeats are a day ahead, so that they stay alive."""
+    user = User.objects.get(username=name)
+    now = timezone.now()
+    local = WorkerNode.objects.get(key_digest="")
+    models()
+    rows = list(InstalledModel.objects.filter(publisher="community"))
+    about: dict[str, Any] = {"engines": local.engines, "version": local.version, "incarnation": uuid.uuid4(), "key_digest": "x"}
+    gpu = {"cpu_cores": 32, "cpu_name": "AMD EPYC 7543 32-Core Processor", "system": "Linux x86_64", "gpu_names": ["NVIDIA L40S"] * 2}
+    for number, (node, state, seconds, free) in enumerate(
+        (
+            ("rack-2-a", "active", -86_400, 61), ("rack-2-b", "cordoned", -86_400, 200), ("rack-2-c", "draining", -86_400, 150),
+            ("rack-2-d", "draining", -86_400, 240), ("a-machine-with-a-rather-long-name.building-7.example.org", "active", 600, 0),
+            ("laptop", "active", 86_400, 0),
+        )
+    ):  # fmt: skip
+        row = WorkerNode.objects.create(
+            name=node,
+            state=state,
+            heartbeat_at=now - timedelta(seconds=seconds),
+            started_at=now if seconds == 86_400 else now - timedelta(hours=1),
+            hardware={**gpu, "gpu_memory_bytes": 96 * 10**9},
+            free_memory_bytes=free * 10**9,
+            total_memory_bytes=256 * 10**9,
+            free_disk_bytes=1_700 * 10**9,
+            clock_offset_seconds=4.2 if number == 1 else 0.01,
+            log_lines=[f"12:0{n}:00 INFO loading community/llama-{n}" for n in range(9)],
+            **about,
+        )
+        for model in rows[: max(0, 3 - number)]:
+            ModelInstance.objects.create(identifier=model.key, model=model, node=row, status="ready", memory_bytes=model.size_bytes)
+        if number == 0:
+            ModelInstance.objects.create(identifier="coming", model=rows[0], node=row, status="loading", progress=0.43, memory_bytes=None)
+        for status in ("running", "running", "queued") if number in {0, 2} else ():
+            Generation.objects.create(
+                user=user,
+                source="chat",
+                model_key="x",
+                request={"model": "x"},
+                status=status,
+                node=node,
+                lease_until=now + timedelta(days=1),
+            )
+    Generation.objects.create(user=user, source="chat", model_key="x", request={"model": "x"}, lease_until=now + timedelta(days=1))
+    reason = "The clock of this machine is 47.2 s ahead of the database's; at most 3 s are allowed. Set it by NTP and start again."
+    JoinRefusal.objects.create(name="rack-3-a", reason=reason)
+    NodeToken.issue(name="rack 1")
+    NodeToken.objects.update(revoked_at=now)

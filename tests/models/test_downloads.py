@@ -28,7 +28,7 @@ from lmweb.errors import (
     PermissionDenied,
 )
 from lmweb.models import User
-from models_app import downloads, hub as the_hub, placement, services, transfer
+from models_app import downloads, fetching, hub as the_hub, placement, services, transfer
 from models_app.models import Download, InstalledModel, ModelFile
 from models_app.transfer import Worker
 from models_app.variants import variants
@@ -56,7 +56,7 @@ def endpoint(hub: Hub, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> N
 def _no_wait(self: transfer.Transfer, error: Exception, tries: int, done: int) -> None:
     """Report as the real one does, without the waiting."""
     self._progress.rest()
-    self._report(done, force=True, note=transfer._words(error))
+    self._report(done, force=True, note=fetching.words(error))
     WAITS.append(error)
 
 

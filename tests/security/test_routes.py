@@ -93,7 +93,7 @@ def test_viewers_change_nothing_about_models(client: Client, stranger: User) -> 
     instance = ModelInstance.objects.create(identifier="acme/m", model=model, node=node, status="ready")
     client.force_login(stranger)
     for route in page_routes():
-        if route.template.startswith(("models/", "chat/models/", "discover/", "activity/")):
+        if route.template.startswith(("models/", "chat/models/", "discover/", "activity/", "workers/")):
             for method in ("post", "put", "patch", "delete"):
                 response = getattr(client, method)(route.path(model_id=model.pk, instance_id=instance.pk))
                 assert response.status_code in {400, 403, 404, 405}, (method, route, response.status_code)
