@@ -36,6 +36,9 @@ VARIABLES: dict[str, Variable] = {
         Variable("LMWEB_LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR."),
         Variable("LMWEB_NODE_NAME", "", "Name of this machine among the workers. Default: the host name."),
         Variable("LMWEB_NODE_TOKEN", "", "Join token: of a worker on another machine, needed once; of the server, one that it accepts."),
+        Variable(
+            "LMWEB_SERVER_URL", "", "Where a worker on another machine fetches model files that it has not; empty: models/ is shared."
+        ),
         Variable("LMWEB_LOCAL_WORKER", "false", "Set by 'up' for the worker of its own machine, which joins without a token."),
         Variable(
             "LMWEB_CPU_THREADS", "0", "CPU threads per loaded model; 0 takes the physical cores, less one when there are more than two."

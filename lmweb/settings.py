@@ -143,6 +143,7 @@ DATA_UPLOAD_MAX_MEMORY_SIZE = 32 * 1024 * 1024  # bodies are bounded before Djan
 
 NODE_NAME = env.text("LMWEB_NODE_NAME") or discovery.host_name()
 NODE_TOKEN = env.text("LMWEB_NODE_TOKEN")
+SERVER_URL = env.text("LMWEB_SERVER_URL").rstrip("/")
 IS_LOCAL_WORKER = env.flag("LMWEB_LOCAL_WORKER")
 CPU_THREADS = env.number("LMWEB_CPU_THREADS")
 DEFAULT_CONTEXT_LENGTH = env.number("LMWEB_CONTEXT_LENGTH")

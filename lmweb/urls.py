@@ -6,6 +6,7 @@ from django.contrib.auth.views import LogoutView
 from django.urls import URLPattern, URLResolver, include, path
 
 from lmweb import views
+from models_app.mirror import node_file
 
 urlpatterns: list[URLPattern | URLResolver] = [
     path("", include("chat.urls")),
@@ -13,6 +14,7 @@ urlpatterns: list[URLPattern | URLResolver] = [
     path("discover/", include("models_app.discover_urls")),
     path("activity/", include("models_app.activity_urls")),
     path("workers/", include("models_app.workers_urls")),
+    path("node-files/<int:file_id>", node_file, name="node-file"),
     path("developer/", include("api.pages")),
     path("setup/<str:secret>", views.set_up, name="set-up"),
     path("sign-in", views.SignInView.as_view(), name="sign-in"),

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,8 +26,8 @@ from psycopg import sql
 
 from lmweb import __version__
 from lmweb.db import drop_dead_connections
-from lmweb.errors import JoinRefused
-from models_app import routing
+from lmweb.errors import JoinRefused, ModelLoadFailed
+from models_app import fetching, mirror, routing
 from models_app.drafts import draft_file
 from models_app.memory import estimate_model, note_measurement
 from models_app.models import Generation, InstalledModel, ModelInstance
@@ -113,6 +113,7 @@ class DjangoStore:
     def __init__(self, node_name: str, *, engines: list[dict[str, Any]], key: str = "") -> None:
         """``key`` is that of a node that joined (``workers.membership``); the server's own machine has none."""
         self.node_name = node_name
+        self._key = key
         self._key_digest = NodeToken.hash(key) if key else ""
         self.incarnation = uuid.uuid4()
         self._engines = engines
@@ -259,6 +260,23 @@ class DjangoStore:
             logger.info("generation %s goes to %s", progress.id, found.node)
             lease = timezone.now() + timedelta(seconds=routing.DISPATCH_SECONDS)
             return bool(mine.update(status=Generation.Status.QUEUED, node=found.node, lease_until=lease))
+
+    def must_fetch(self, model: ModelFile) -> bool:
+        """Return whether this node mirrors models and lacks files of this one."""
+        if not self._key or not settings.SERVER_URL:
+            return False
+        with _brief(durable=False):
+            return bool(mirror.missing(model.id))
+
+    def fetch(self, model: ModelFile, report: Callable[[float, str], None]) -> None:
+        """Fetch a model's files from the server, in words for every failure."""
+        try:
+            with _brief(durable=False):
+                mirror.fetch_model(model.id, key=self._key, report=report)
+        except OSError as error:
+            raise ModelLoadFailed(f"The files of {model.key} cannot be written on '{self.node_name}': {error.strerror}.") from None
+        except fetching.BusyError:
+            raise ModelLoadFailed(f"Another process on '{self.node_name}' fetches {model.key} already.") from None
 
     def create_instance(self, model: ModelFile, *, ttl_seconds: int | None, running: set[int]) -> Instance:
         """Make the row of a just-in-time load, or take that of a load whose task is on its way; leftovers give way."""

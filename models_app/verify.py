@@ -33,8 +33,14 @@ def request_verification(*, principal: Principal, model: InstalledModel) -> None
         raise Conflict(f"{model.key} has no files of its own; check the model that it runs on.")
     if is_running(model.verification):
         raise Conflict(f"{model.key} is being checked already.")
-    _note(model.pk, status="running", done=0, total=model.size_bytes, message="")
-    transaction.on_commit(lambda: _send(model.pk))
+    transaction.on_commit(lambda: note_checksums(model))
+
+
+def note_checksums(model: InstalledModel) -> None:
+    """Have the checksums of a model's files computed and noted, unless that is under way. Raises ``ServiceUnavailable``."""
+    if not is_running(model.verification):
+        _note(model.pk, status="running", done=0, total=model.size_bytes, message="")
+        _send(model.pk)
 
 
 def is_running(state: dict[str, Any]) -> bool:

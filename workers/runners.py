@@ -86,6 +86,14 @@ class Listener(Protocol):
 
 
 @dataclass(eq=False, slots=True)
+class Fetching:
+    """The files of a model on their way to this machine; others may be loaded meanwhile."""
+
+    is_done: bool = False
+    error: LmwebError | None = None
+
+
+@dataclass(eq=False, slots=True)
 class Wish:
     """A model that is to come into memory: for the generations ``lives``, because a person said so, or again, as it was before.
 
@@ -102,6 +110,12 @@ class Wish:
     left: list[Instance] = field(default_factory=list)
     reason: str = ""
     told: tuple[int, str] = (-1, "")
+    fetching: Fetching | None = None
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether it waits for its files, not for memory."""
+        return self.fetching is not None and not self.fetching.is_done
 
     @property
     def is_jit(self) -> bool:
@@ -277,7 +291,7 @@ class Runners:
                 if wish.instance is not None:
                     break  # its row is there, and it is tried again
                 self._refuse(wish, LmwebError(f"The model could not be loaded: {error.__class__.__name__}."), code="service_unavailable")
-            if wish in self._wishes:
+            if wish in self._wishes and not wish.is_fetching:
                 break
         with self.lock:
             self._draining = draining
@@ -306,6 +320,8 @@ class Runners:
         elif wish.instance is None:
             wish.instance = self._store.create_instance(wish.model, ttl_seconds=wish.ttl_seconds, running=running)
         if wish.needed_bytes is None:
+            if not self._has_files(wish, wish.instance):
+                return set()
             self._require_file(wish.model)
             wish.instance = self._complete_config(wish.instance)
             wish.needed_bytes = self._needed_bytes(wish.instance)
@@ -314,6 +330,33 @@ class Runners:
             return self._clear(wish, leaving)
         self._spawn(wish, wish.instance)
         return set()
+
+    def _has_files(self, wish: Wish, instance: Instance) -> bool:
+        """Whether the files are here. If not, they are being fetched from now on. Raises what ended that, as ``ModelLoadFailed``."""
+        if wish.fetching is None and not self._store.must_fetch(wish.model):
+            return True
+        if wish.fetching is None:
+            wish.fetching = Fetching()
+            threading.Thread(target=self._fetch, args=(wish, instance, wish.fetching), name=f"fetch-{instance.id}", daemon=True).start()
+        if wish.fetching.error is not None:
+            raise ModelLoadFailed(wish.fetching.error.message, details=wish.fetching.error.details)
+        return wish.fetching.is_done
+
+    def _fetch(self, wish: Wish, instance: Instance, fetching: Fetching) -> None:
+        def report(progress: float, what: str) -> None:
+            if self._stopping.is_set() or wish not in self._wishes:
+                raise ModelLoadFailed(f"Nobody waits for {wish.model.key} any more.")
+            wish.reason = f"{what} {progress:.0%}"
+            self._try_store(lambda: self._store.instance_loading(instance.id, progress))
+
+        try:
+            self._store.fetch(wish.model, report)
+        except LmwebError as error:
+            fetching.error = error
+        except DatabaseError as error:
+            fetching.error = ModelLoadFailed(f"The files could not be fetched: {error.__class__.__name__}.")
+        fetching.is_done = True
+        self._wake.set()
 
     def _require_file(self, model: ModelFile) -> None:
         if not Path(model.path).exists():
@@ -477,7 +520,7 @@ class Runners:
         with self.lock:
             wishes = [wish for wish in self._wishes if now - wish.since > TELL_SECONDS]
         for position, wish in enumerate(wishes):
-            reason = wish.reason if not position else f"{wishes[0].model.key} is loaded first."
+            reason = wish.reason if not position or wish.is_fetching else f"{wishes[0].model.key} is loaded first."
             if not reason or wish.told == (position, reason):
                 continue
             wish.told = position, reason

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -154,6 +154,12 @@ class Store(Protocol):
 
         ``or_wait``: without one it waits until there is, and that counts as given.
         """
+
+    def must_fetch(self, model: ModelFile) -> bool:
+        """Return whether files of a model have to be fetched before it can be loaded here."""
+
+    def fetch(self, model: ModelFile, report: Callable[[float, str], None]) -> None:
+        """Fetch them. ``report`` is told how far that is (0 to 1), with a sentence, and may raise. Raises ``LmwebError``."""
 
     def create_instance(self, model: ModelFile, *, ttl_seconds: int | None, running: set[int]) -> Instance:
         """Make the row of a model that a request loads just in time, with the model's defaults.

@@ -31,11 +31,11 @@ def test_cordon_drain_and_back(page: Page, live: Live) -> None:
         expect(card.get_by_text("No model in memory")).to_be_visible()
         expect(card.locator("details.log pre")).to_contain_text("draining")  # still open, and current
         page.get_by_role("button", name="Uncordon test-node").click()
-        expect(card.get_by_text("Active")).to_be_visible()
+        expect(card.get_by_text("Active", exact=True)).to_be_visible()
     finally:
         live.manage("node", "uncordon", "test-node")
     page.reload()
-    expect(card.get_by_text("Active")).to_be_visible()
+    expect(card.get_by_text("Active", exact=True)).to_be_visible()
 
 
 def test_a_token_by_keyboard(page: Page, live: Live) -> None:

@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from tests.live import REPOSITORY, clean_environment, processes_of
+from tests.micro_models import STARTER_GGUF
 
 WORKER = [sys.executable, str(REPOSITORY / "manage.py"), "worker", "--data-dir"]
 
@@ -45,8 +46,12 @@ def started(data_dir, environment):
 
 
 def test_joins_once_registers_and_leaves_when_removed(live, joined, tmp_path):
-    """A joined worker starts without its token; removed, it ends for good and is not let in by the old one."""
-    process = started(tmp_path / "data", joined)
+    """A worker joins and fetches what it loads; it starts again without its token; removed, it ends for good."""
+    process = started(tmp_path / "data", joined | {"LMWEB_SERVER_URL": live.base_url})
+    loaded = json.loads(live.manage("load", "lmweb/starter", "--node", "second", "--json").stdout)
+    assert (loaded["node"], loaded["status"]) == ("second", "ready")
+    (file,) = (tmp_path / "data" / "models").rglob("*.gguf")
+    assert file.read_bytes() == STARTER_GGUF.read_bytes()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 0
