@@ -41,7 +41,8 @@ _NODES = """
 SELECT n.name, n.state, n.free_memory_bytes, n.total_memory_bytes, n.hardware, n.engines,
        EXTRACT(EPOCH FROM statement_timestamp() - n.heartbeat_at)::float,
        (SELECT json_agg(json_build_object(
-            'id', i.id, 'model', i.model_id, 'identifier', i.identifier, 'status', i.status, 'slots', i.config -> 'parallel',
+            'id', i.id, 'model', i.model_id, 'identifier', i.identifier,
+            'status', CASE WHEN i.status = 'loading' AND i.note <> '' THEN 'waiting' ELSE i.status END, 'slots', i.config -> 'parallel',
             'memory_bytes', i.memory_bytes, 'size_bytes', m.size_bytes, 'is_movable', i.jit AND NOT i.pinned,
             'unused_seconds', EXTRACT(EPOCH FROM statement_timestamp() - i.last_used_at)))
         FROM models_app_modelinstance i JOIN models_app_installedmodel m ON m.id = i.model_id WHERE i.node_id = n.name
@@ -167,7 +168,6 @@ def _node(row: tuple[Any, ...]) -> Node:
     return Node(
         name=name,
         free_bytes=_available(free, total, held),
-        total_bytes=total,
         state=state,
         heartbeat_age_seconds=age,
         formats=frozenset(format_ for engine in engines if engine.get("is_installed") for format_ in engine["formats"]),

@@ -36,7 +36,7 @@ from workers.events import Stats
 from workers.machine import free_disk, hardware
 from workers.memory import MemoryEstimate, machine_memory
 from workers.models import NodeToken, WorkerNode
-from workers.router import Refuse
+from workers.router import Refuse, Wait
 from workers.schemas import GenerationRequest, LoadConfig, ToolCall, request_from_json
 from workers.store import Claim, Instance, ModelFile, NodeState, Outcome, Progress
 
@@ -246,15 +246,18 @@ class DjangoStore:
         with _brief(durable=True):
             self._mine().filter(pk__in=[p.id for p in progress]).update(status=Generation.Status.QUEUED, lease_until=None)
 
-    def hand_over(self, progress: Progress, *, or_wait: bool = False) -> bool:
+    def hand_over(self, progress: Progress, *, at_once: bool = False, or_wait: bool = False) -> bool:
         """Save and queue again for another node that has not failed at this model lately, if there is one, or for any to come."""
-        self.save([progress])
+        if progress.id not in self.save([progress])[0]:
+            return False
         with _brief(durable=True):
             mine = self._mine().filter(pk=progress.id)
             row = mine.select_related("model__base").first()
             if row is None or row.model is None:
                 return False
             found = routing.reroute(row.model, row.request["model"], excluded={self.node_name})
+            if at_once and isinstance(found, Wait):
+                return False
             if isinstance(found, Refuse):
                 return or_wait and bool(mine.update(status=Generation.Status.QUEUED, node="", lease_until=None))
             logger.info("generation %s goes to %s", progress.id, found.node)

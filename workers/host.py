@@ -224,6 +224,10 @@ class Host:
         """Tell the viewers what a generation waits for."""
         self._publish(live, [*self._begin(live), QueueUpdate(position=position, reason=reason)])
 
+    def on_stuck(self, live: Live) -> bool:
+        """Give a generation that waits for memory to a node that can begin with it, if there is one."""
+        return self._hand_over(live, at_once=True)
+
     def on_refused(self, live: Live, error: ErrorInfo, *, elsewhere: bool) -> None:
         """End a generation whose model cannot be loaded, unless another node takes it."""
         if not (elsewhere and self._hand_over(live)):
@@ -233,7 +237,7 @@ class Host:
         """Give a generation to another node, or let it wait for one: this one loads nothing new."""
         self._hand_over(live, or_wait=True)
 
-    def _hand_over(self, live: Live, *, or_wait: bool = False) -> bool:
+    def _hand_over(self, live: Live, *, at_once: bool = False, or_wait: bool = False) -> bool:
         """Give a generation to another node. Returns whether there is one; what ended meanwhile counts as given."""
         if live.ended:
             return True
@@ -241,7 +245,7 @@ class Host:
         with live.lock:
             progress = live.progress()
         try:
-            given = self.store.hand_over(progress, or_wait=or_wait)
+            given = self.store.hand_over(progress, at_once=at_once, or_wait=or_wait)
         except DatabaseError as error:
             logger.warning("%s cannot go to another node, PostgreSQL is away: %s", live.id, str(error).strip().splitlines()[0])
             return False

@@ -1,8 +1,8 @@
 """Which node takes a request: pure functions of what is known about the nodes. Knows neither the database nor the engines.
 
 In this order: a node that has the model ready, the least busy one, or the one that holds this chat's prefix unless it is clearly
-busier; a node that is loading it; then the node where it fits best into the memory that was measured, where nobody has to leave for
-it if possible, and idle models before busy ones if not.
+busier; a node that is loading it; then the node where a load can begin soonest: at once rather than after answers or other loads,
+without unloading anything rather than in place of idle models.
 
 The node has the last word about its own memory (``workers.runners``): what is known here is up to two seconds old.
 """
@@ -22,12 +22,12 @@ DEAD_SECONDS = 8.0
 CLEARLY_BUSIER_SLOTS = 0.25
 CLEARLY_BUSIER_REQUESTS = 2
 
-ReplicaStatus = Literal["loading", "ready", "unloading", "failed"]
+ReplicaStatus = Literal["waiting", "loading", "ready", "unloading", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A model in the memory of a node, on its way there, or one that could not be loaded there lately.
+    """A model in the memory of a node, on its way there, waiting for memory, or one that could not be loaded there lately.
 
     ``slots`` are the answers that it gives at once. ``is_movable``: it may leave for another one that a request needs.
     """
@@ -52,7 +52,6 @@ class Node:
 
     name: str
     free_bytes: int
-    total_bytes: int
     state: str = "active"
     heartbeat_age_seconds: float = 0.0
     formats: frozenset[str] = frozenset()
@@ -73,6 +72,13 @@ class Node:
     def may_load(self) -> bool:
         """Whether it loads models."""
         return self.is_alive and self.state == "active"
+
+    def waiting_loads(self, besides: int) -> int:
+        """Return how many other models are not in memory here although somebody waits for them."""
+        here = {replica.model for replica in self.replicas if replica.status in {"ready", "loading"}}
+        wanted = {model for model, requests in self.work.items() if requests}
+        wanted |= {replica.model for replica in self.replicas if replica.status == "waiting"}
+        return len(wanted - here - {besides})
 
     def replicas_of(self, model: int, *statuses: ReplicaStatus) -> list[Replica]:
         """Return those of a model in one of these states."""
@@ -144,17 +150,9 @@ def serve(nodes: Iterable[Node], wanted: Wanted) -> Serve | None:
     usable = [node for node in nodes if node.may_serve and node.name not in wanted.excluded]
     ready = [node for node in usable if node.replicas_of(wanted.model, "ready")]
     named = [node for node in ready if any(r.identifier == wanted.identifier for r in node.replicas_of(wanted.model, "ready"))]
-    if candidates := named or ready:
-        return Serve(_least_busy(candidates, wanted).name)
-    coming = [node for node in usable if _is_coming(node, wanted.model)]
-    return Serve(_least_busy(coming, wanted).name) if coming else None
-
-
-def _is_coming(node: Node, model: int) -> bool:
-    """Whether a load is under way, or requests wait there for one that begins when memory is free."""
-    if node.replicas_of(model, "loading"):
-        return True
-    return node.may_load and bool(node.work.get(model)) and not node.replicas_of(model, "failed")
+    loading = [node for node in usable if node.replicas_of(wanted.model, "loading")]
+    candidates = named or ready or loading
+    return Serve(_least_busy(candidates, wanted).name) if candidates else None
 
 
 def _least_busy(candidates: list[Node], wanted: Wanted) -> Node:
@@ -193,9 +191,8 @@ def _preference(chat: str, node: str) -> bytes:
 def load(nodes: Sequence[Node], wanted: Wanted, needed_bytes: Callable[[], int], auto_evict: AutoEvict = AutoEvict.NEEDED) -> Placement:
     """Return the node that loads a model for a request, and which others have to leave it.
 
-    Nodes without an engine for it, or where it failed lately, are asked only if all are like that: they say why. A model that nobody
-    has to leave for goes to the smallest machine that holds it, so that large ones keep room for large models, and among equals to
-    the least busy one.
+    Nodes without an engine for it, or where it failed lately, are asked only if all are like that: they say why. Where nobody has to
+    leave, the node with the most free memory takes it, and among equals the least busy one.
     """
     candidates = [node for node in nodes if node.may_load and node.name not in wanted.excluded]
     if not candidates:
@@ -244,17 +241,18 @@ def _option(node: Node, wanted: Wanted, needed: int, auto_evict: AutoEvict) -> L
 
 
 def _rank(option: Load | Wait, node: Node, wanted: Wanted) -> tuple[float, ...]:
-    """Return what to compare options by: the smaller, the better."""
+    """Return what to compare options by: the smaller, the better. First comes what has to happen before the load can begin."""
     leaving = [replica for replica in node.replicas if replica.id in option.evicting]
-    cut_short = sum(node.work.get(replica.model, 0) for replica in leaving)
+    answers = sum(node.work.get(replica.model, 0) for replica in leaving)
     shortest_rest = min((replica.unused_seconds for replica in leaving), default=0.0)
     return (
+        node.waiting_loads(wanted.model) + (answers > 0),
+        not node.work.get(wanted.model),  # requests that wait for it here already need no second load elsewhere
         len(leaving) > 0,
-        cut_short,
+        answers,
         -shortest_rest,
-        node.total_bytes,
-        sum(node.work.values()),
         -node.free_bytes,
+        sum(node.work.values()),
         int.from_bytes(_preference(wanted.name, node.name)),
     )
 
@@ -293,4 +291,6 @@ def with_request(node: Node, placement: Placement, wanted: Wanted, needed_bytes:
     evicting = () if isinstance(placement, Refuse) else placement.evicting
     freed = sum(replica.memory_bytes for replica in node.replicas if replica.id in evicting)
     staying = tuple(replica for replica in node.replicas if replica.id not in evicting)
+    if isinstance(placement, Load):
+        staying += (Replica(0, wanted.model, wanted.name, "loading", needed_bytes),)
     return replace(node, work=work, replicas=staying, free_bytes=node.free_bytes + freed - needed_bytes)

@@ -36,6 +36,8 @@ GRACE_SECONDS = 0.5
 TURN_PER_LOAD = 8.0
 #: Who waits longer than this is told what for.
 TELL_SECONDS = 0.3
+#: How often it is asked whether another node has by now what requests wait for here.
+MOVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,9 @@ class Listener(Protocol):
     def on_turned_away(self, live: Live) -> None:
         """A waiting generation needs a model that is not loaded, and this node loads nothing new."""
 
+    def on_stuck(self, live: Live) -> bool:
+        """A generation waits for memory for long; returns whether another node took it."""
+
     def on_refused(self, live: Live, error: ErrorInfo, *, elsewhere: bool) -> None:
         """The model of a waiting generation cannot be loaded; ``elsewhere``: another node may be able to."""
 
@@ -97,7 +102,7 @@ class Fetching:
 class Wish:
     """A model that is to come into memory: for the generations ``lives``, because a person said so, or again, as it was before.
 
-    ``left`` is what has left memory for it.
+    ``left`` is what has left memory for it, ``asked_at`` the last time that it was asked whether another node has it.
     """
 
     model: ModelFile
@@ -109,6 +114,7 @@ class Wish:
     needed_bytes: int | None = None
     left: list[Instance] = field(default_factory=list)
     reason: str = ""
+    asked_at: float = field(default_factory=time.monotonic)
     told: tuple[int, str] = (-1, "")
     fetching: Fetching | None = None
 
@@ -299,6 +305,7 @@ class Runners:
         for pk in superfluous:
             self._try_store(lambda pk=pk: self._store.instance_gone(pk))  # type: ignore[misc]
         self._tell_waiting()
+        self._move_waiting()
 
     def _advance(self, wish: Wish) -> set[int]:
         """Bring a wish as far as it goes now; it is fulfilled when it is gone from the list.
@@ -530,6 +537,16 @@ class Runners:
             with self.lock:
                 for live in wish.lives:
                     self._listener.on_waiting(live, position, reason)
+
+    def _move_waiting(self) -> None:
+        """Send requests that wait for memory to a node where they can be answered by now, if there is one."""
+        now = time.monotonic()
+        with self.lock:
+            stuck = [wish for wish in self._wishes if wish.is_jit and wish.lives and now - wish.asked_at > MOVE_SECONDS]
+            waiting = [list(wish.lives) for wish in stuck]
+        for wish, lives in zip(stuck, waiting, strict=True):
+            wish.asked_at = now
+            all(self._listener.on_stuck(live) for live in lives)  # up to the first that stays
 
     @staticmethod
     def _try_store(action: Callable[[], None]) -> None:

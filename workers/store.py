@@ -149,10 +149,11 @@ class Store(Protocol):
     def give_back(self, progress: list[Progress]) -> None:
         """Save and queue again what this worker could not finish before its shutdown."""
 
-    def hand_over(self, progress: Progress, *, or_wait: bool = False) -> bool:
+    def hand_over(self, progress: Progress, *, at_once: bool = False, or_wait: bool = False) -> bool:
         """Save, and give to another node what this one cannot do; returns whether there is one that may be able to.
 
-        ``or_wait``: without one it waits until there is, and that counts as given.
+        ``at_once``: only if it would not have to wait for memory there. ``or_wait``: without one it waits until there is, and that
+        counts as given.
         """
 
     def must_fetch(self, model: ModelFile) -> bool:

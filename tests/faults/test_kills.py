@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.faults.streams import Stream
-from tests.live import Live
+from tests.live import REPOSITORY, Live, clean_environment, processes_of
 from tests.micro_models import make_micro
 
 pytestmark = pytest.mark.timeout(400)
@@ -151,3 +156,44 @@ def test_a_client_that_hangs_up_frees_its_slot(fault_live: Live, token: str, str
     kept = [row for row in newest_rows(fault_live, 3) if row[0] == "cancelled"]
     assert len(kept) == 1
     assert kept[0][1].startswith(streams[0].text[:100])
+
+
+# --- a whole machine --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def second(fault_live: Live, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a second machine that shares the first one's models directory and services."""
+    data_dir = tmp_path / "second"
+    data_dir.mkdir()
+    (data_dir / "models").symlink_to(fault_live.data_dir / "models")
+    urls = {"DATABASE_URL": fault_live.facts["database_url"], "REDIS_URL": fault_live.facts["redis_url"]}
+    urls["LMWEB_NODE_TOKEN"] = fault_live.manage("node", "token", "--expires", "1h").stdout.strip()
+    command = [sys.executable, str(REPOSITORY / "manage.py"), "worker", "--data-dir", str(data_dir)]
+    process = subprocess.Popen(command, env=clean_environment(LMWEB_NODE_NAME="second", **urls))
+    wait_for(lambda: fault_live.rows("SELECT 1 FROM workers_workernode WHERE name = 'second'"), what="the second machine is there")
+    yield process
+    process.kill()
+    process.wait()
+    wait_for(lambda: not processes_of(data_dir), what="the second machine is gone", seconds=20)
+    fault_live.manage("shell", "-v", "0", "-c", "from workers.models import WorkerNode; WorkerNode.objects.filter(name='second').delete()")
+
+
+def test_a_machine_that_shares_the_work(fault_live: Live, token: str, second: subprocess.Popen[bytes]) -> None:
+    """Its answers go on elsewhere from their last token: no character is lost or doubled."""
+    for node in ("test-node", "second"):
+        fault_live.manage("load", MODEL, "--node", node, "-y")
+    counted = " ".join(map(str, range(1, 90)))
+    only = {"type": "json_schema", "json_schema": {"name": "count", "strict": True, "schema": {"const": counted}}}
+    streams = [Stream(fault_live, token, f"count {n}", model=MODEL, max_tokens=1000, response_format=only) for n in range(6)]
+    wait_for(lambda: all(len(stream.text) > 30 for stream in streams), what="all answers stream")
+    rows = "SELECT node, resumes FROM models_app_generation ORDER BY created_at DESC LIMIT 6"
+    shares = Counter(fault_live.rows(rows))
+    assert set(shares) == {("test-node", 0), ("second", 0)}
+    second.kill()
+    for stream in streams:
+        stream.thread.join(60)
+        assert stream.done, stream.error
+        assert json.loads(stream.text) == counted
+    assert Counter(fault_live.rows(rows)) == {("test-node", 0): shares["test-node", 0], ("test-node", 1): shares["second", 0]}
+    fault_live.manage("unload", MODEL, "--node", "test-node")

@@ -93,13 +93,13 @@ def test_an_instance_is_found_by_its_name(member: Principal, model: InstalledMod
 def test_dead_nodes_and_failed_loads_are_avoided_for_a_while(member: Principal, model: InstalledModel, join: Nodes) -> None:
     gone = timezone.now() - timedelta(seconds=30)
     put(model, join("dead", heartbeat_at=gone))
-    failed = put(model, join("small", total_memory_bytes=9 * GB), "failed")
-    join("large")
-    assert ask(member, model, "one").node == "large"
+    failed = put(model, join("roomy", free_memory_bytes=15 * GB), "failed")
+    join("other")
+    assert ask(member, model, "one").node == "other"
     Generation.objects.all().delete()
     ModelInstance.objects.filter(pk=failed.pk).update(last_used_at=gone - timedelta(minutes=1))
     routing.forget()
-    assert ask(member, model, "two").node == "small"
+    assert ask(member, model, "two").node == "roomy"
 
 
 def test_large_models_go_where_they_fit(member: Principal, model: InstalledModel, join: Nodes) -> None:
@@ -112,7 +112,7 @@ def test_virtual_models_run_where_their_weights_are(member: Principal, model: In
     virtual = InstalledModel.objects.create(
         key="a/virtual", path="a/virtual/model.yaml", base=model, architecture="x", size_bytes=1, max_context_length=2048
     )
-    join("a", total_memory_bytes=9 * GB)
+    join("a", free_memory_bytes=15 * GB)
     put(model, join("b"))
     assert ask(member, virtual, "hello").node == "b"
     assert ask(member, model, "hello").node == "b"
@@ -120,7 +120,7 @@ def test_virtual_models_run_where_their_weights_are(member: Principal, model: In
 
 def test_a_node_with_an_engine_for_it_comes_first(member: Principal, model: InstalledModel, join: Nodes) -> None:
     engines = [{"name": "llama.cpp", "formats": ["gguf"], "is_installed": True}, {"name": "mlx", "formats": ["mlx"], "is_installed": False}]
-    join("a", engines=[{**engines[1], "is_installed": True}], total_memory_bytes=9 * GB)
+    join("a", engines=[{**engines[1], "is_installed": True}], free_memory_bytes=15 * GB)
     join("b", engines=engines)
     assert ask(member, model, "hello").node == "b"
     InstalledModel.objects.update(format="mlx")
@@ -203,7 +203,7 @@ def test_the_page_offers_the_nodes_where_there_are_several(model: InstalledModel
     page: Client = client_of(admin)
     join("alpha")
     assert 'name="node"' not in page.get(f"/models/{model.pk}/load-options").content.decode()
-    join("beta", total_memory_bytes=64 * GB)
+    join("beta", free_memory_bytes=4 * GB)
     assert 'name="node"' in page.get(f"/models/{model.pk}/load-options").content.decode()
     form = {"context_length": "256", "node": "beta"}
     assert "beta has" in page.post(f"/models/{model.pk}/estimate", form).content.decode()

@@ -63,9 +63,10 @@ class Bench:
         *,
         sampling: SamplingParams = GREEDY,
         messages: list[ChatMessage] | None = None,
+        node: str = "test-node",
         **fields: Any,
     ) -> Generation:
-        """Make a queued generation; further fields are those of ``GenerationRequest``."""
+        """Make a queued generation for a node; further fields are those of ``GenerationRequest``."""
         messages = messages or [ChatMessage(role="user", content=text)]
         request = GenerationRequest(model=model.key, messages=messages, sampling=sampling, **fields)
         return Generation.objects.create(
@@ -74,7 +75,7 @@ class Bench:
             model=model,
             model_key=model.key,
             request=request_to_builtins(request),
-            node="test-node",
+            node=node,
         )
 
     def run(self, model: InstalledModel, text: str, *, sampling: SamplingParams = GREEDY) -> Generation:

@@ -15,14 +15,12 @@ from django.utils import timezone
 from tests.micro_models import make_micro
 from tests.workers.support import GREEDY, Bench, make_host, wait_for
 from workers.runners import Policy
-from workers.schemas import ChatMessage, GenerationRequest, OutputFormat
+from workers.schemas import ChatMessage, GenerationRequest, OutputFormat, SamplingParams
 from workers.store import Claim
 
 if TYPE_CHECKING:
     from lmweb.models import User
     from models_app.models import Generation, InstalledModel
-
-MB = 1000**2
 
 
 @pytest.fixture
@@ -53,27 +51,22 @@ def start(transactional_db: None, owner: User, tmp_path: Path) -> Iterator[Calla
         bench.host.stop()
 
 
-def ask(bench: Bench, model: InstalledModel, text: str, **fields: Any) -> Generation:
+def ask(bench: Bench, model: InstalledModel, text: str, *, sampling: SamplingParams = GREEDY, **fields: Any) -> Generation:
     """Ask as a web server does: the router chooses the node."""
     from models_app.generations import start_generation
 
-    request = GenerationRequest(model=model.key, messages=[ChatMessage(role="user", content=text)], sampling=GREEDY, **fields)
+    request = GenerationRequest(model=model.key, messages=[ChatMessage(role="user", content=text)], sampling=sampling, **fields)
     return start_generation(principal=bench.principal, request=request, source="test")
-
-
-def prefer(name: str) -> None:
-    """Make a node the smallest machine, which is asked first."""
-    from models_app import routing
-    from workers.models import WorkerNode
-
-    WorkerNode.objects.filter(name=name).update(total_memory_bytes=1000 * MB)
-    routing.forget()
 
 
 def states() -> dict[str, str]:
     from models_app.models import ModelInstance
 
     return dict(ModelInstance.objects.values_list("node_id", "status"))
+
+
+def states_of(model: InstalledModel) -> dict[str, str]:
+    return dict(model.instances.values_list("node_id", "status"))
 
 
 def test_replicas_share_the_requests(start: Callable[..., Bench], starter_gguf: Path) -> None:
@@ -101,8 +94,7 @@ def test_a_node_without_the_file_says_so_and_another_one_answers(start: Callable
 
     a, _b = start("a", files=tmp_path / "empty"), start("b")
     model = a.install(starter_gguf, "lmweb/starter")
-    prefer("a")
-    done = a.finished(ask(a, model, "Which port does the server use?"))
+    done = a.finished(a.create(model, "Which port does the server use?", node="a"))
     assert (done.status, done.node, done.resumes) == ("completed", "b", 0)
     assert done.content == a.text(done) == "The server listens on port 1234 by default."
     assert states() == {"a": "failed", "b": "ready"}
@@ -112,10 +104,9 @@ def test_a_node_without_the_file_says_so_and_another_one_answers(start: Callable
 
 def test_a_node_without_the_memory_hands_over_what_it_has_told_already(start: Callable[..., Bench], starter_gguf: Path) -> None:
     """The web server's estimate is a guess; the node has the last word."""
-    a, _b = start("a", limit_bytes=1 * MB), start("b")
+    a, _b = start("a", limit_bytes=1000**2), start("b")
     model = a.install(starter_gguf, "lmweb/starter")
-    prefer("a")
-    asked = [ask(a, model, "Which port does the server use?") for _ in range(3)]
+    asked = [a.create(model, "Which port does the server use?", node="a") for _ in range(3)]
     for each in asked:
         done = a.finished(each)
         assert (done.status, done.node) == ("completed", "b")
@@ -124,14 +115,37 @@ def test_a_node_without_the_memory_hands_over_what_it_has_told_already(start: Ca
 
 
 def test_where_no_node_can_the_reason_of_the_last_one_is_told(start: Callable[..., Bench], starter_gguf: Path, tmp_path: Path) -> None:
-    a, _b = start("a", files=tmp_path / "empty"), start("b", limit_bytes=1 * MB)
+    a, _b = start("a", files=tmp_path / "empty"), start("b", limit_bytes=1000**2)
     model = a.install(starter_gguf, "lmweb/starter")
-    prefer("a")
-    done = a.finished(ask(a, model, "hello"))
+    done = a.finished(a.create(model, "hello", node="a"))
     assert (done.status, done.error_code, done.node) == ("failed", "insufficient_memory", "b")
     assert states() == {"a": "failed", "b": "failed"}
     again = a.finished(ask(a, model, "hello"))
     assert again.status == "failed", "and nothing goes round in circles"
+
+
+def test_what_waits_for_memory_moves_to_a_node_that_has_some(
+    start: Callable[..., Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workers import runners
+
+    monkeypatch.setattr(runners, "MOVE_SECONDS", 0.3)
+    a = start("a")
+    busy, other = (a.install(make_micro(tmp_path / f"{n}.gguf", seed=n, layers=16), f"test/{n}") for n in range(2))
+    long = SamplingParams(temperature=0.0, max_tokens=1500, ignore_eos=True)
+    first = ask(a, busy, "to be", sampling=long)
+    wait_for(lambda: a.text(first))
+    one = next(iter(a.host.runners.by_id.values()))
+    a.host.runners.policy = Policy(limit_bytes=int(1.5 * max(one.memory_bytes(), one.needed_bytes)), turn_seconds=0)
+    asked = [ask(a, other, str(number), sampling=SamplingParams(max_tokens=4)) for number in range(3)]
+    wait_for(lambda: states_of(other) == {"a": "loading"})
+    start("b")
+    done = [a.finished(each) for each in asked]
+    assert {(each.status, each.node) for each in done} == {("completed", "b")}
+    assert states_of(other) == {"b": "ready"}
+    first.refresh_from_db()
+    assert (first.status, first.node) == ("running", "a")
+    a.host.cancel(str(first.pk))
 
 
 def test_the_reaper_does_not_wait_for_the_leases_of_a_dead_node(start: Callable[..., Bench], tmp_path: Path) -> None:
