@@ -15,6 +15,7 @@ from lmweb.errors import LmwebError
 from models_app.defaults import MAX_SYSTEM_PROMPT, InferenceDefaults, load_config
 from models_app.loading import loading_nodes
 from models_app.models import InstalledModel
+from workers.engines import registry
 from workers.models import WorkerNode
 from workers.schemas import KvCacheType, LoadConfig, SamplingParams
 
@@ -96,6 +97,9 @@ class ConfigForm(ServiceForm):
         super().__init__(data, initial=initial)
         field = self.fields["context_length"]
         field.help_text = f"In tokens, at most {model.max_context_length:,}. A longer context needs more memory."
+        for name, reason in registry.card_of(model.format).lacking_options().items():
+            self.fields[name].help_text = escape(reason)
+            self.fields[name].disabled = name != "gpu_layers"  # of these all or none are possible everywhere
 
     def main_fields(self) -> list[forms.BoundField]:
         """Return the fields that are always shown."""
@@ -116,7 +120,9 @@ class ConfigForm(ServiceForm):
         for name in ("flash_attention", "offload_kv_cache_to_gpu", "prompt_lookup"):
             if name in data:
                 data[name] = data[name] == "on"
-        return load_config(InstalledModel(key=self.model.key, max_context_length=self.model.max_context_length), data)
+        return load_config(
+            InstalledModel(key=self.model.key, format=self.model.format, max_context_length=self.model.max_context_length), data
+        )
 
 
 class LoadForm(ConfigForm):

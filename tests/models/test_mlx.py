@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from django.conf import settings
+from django.http import QueryDict
 from django.test import Client
 
 from lmweb.access import Principal
@@ -19,6 +20,7 @@ from lmweb.errors import Conflict, InvalidModelFile, InvalidRequest
 from lmweb.models import User
 from models_app import drafts, mlx, services, verify
 from models_app.defaults import check_config
+from models_app.forms import LoadForm
 from models_app.memory import estimate_model, read_shape
 from models_app.models import InstalledModel, ModelFile
 from models_app.placement import Mode
@@ -243,6 +245,15 @@ def test_my_models_shows_the_format(source: Path, admin: User) -> None:
     page = client.get(f"/models/{model.pk}/").content.decode()
     assert "model.safetensors" in page
     assert ">MLX<" in page
+
+
+def test_options_that_the_engine_lacks_cannot_be_chosen_and_say_why(source: Path) -> None:
+    form = LoadForm(services.import_file(principal=None, source=source), QueryDict("context_length=512&parallel=2&k_cache_type=q8_0"))
+    assert form.is_valid(), form.errors
+    assert form.config() == LoadConfig(context_length=512, parallel=2)
+    assert "disabled" in str(form["draft_model"])
+    assert "precision of the model" in form["k_cache_type"].help_text
+    assert "disabled" not in str(form["eval_batch_size"])
 
 
 @pytest.mark.usefixtures("endpoint")

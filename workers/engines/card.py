@@ -64,6 +64,7 @@ _ASKED: tuple[tuple[Feature, str, Callable[[LoadConfig], bool]], ...] = (
     (Feature.KV_CACHE_TYPES, "v_cache_type", lambda config: config.v_cache_type != "f16"),
     (Feature.NUM_EXPERTS, "num_experts", lambda config: config.num_experts is not None),
     (Feature.GPU_LAYERS, "gpu_layers", lambda config: config.gpu_layers > 0),
+    (Feature.GPU_LAYERS, "offload_kv_cache_to_gpu", lambda config: not config.offload_kv_cache_to_gpu),
     (Feature.FLASH_ATTENTION, "flash_attention", lambda config: config.flash_attention is False),
 )
 
@@ -94,6 +95,11 @@ class EngineCard:
     def is_installed(self) -> bool:
         """Whether all its packages are there."""
         return all(map(version_of, self.packages))
+
+    def lacking_options(self) -> dict[str, str]:
+        """Return the options of a load that this engine has not, or not in full, each with the reason."""
+        options = {option: self.lacks[feature] for feature, option, _ in _ASKED if feature in self.lacks}
+        return options | ({"cpu_threads": self.lacks[Feature.CPU_THREADS]} if Feature.CPU_THREADS in self.lacks else {})
 
     def check(self, config: LoadConfig) -> None:
         """Raise ``InvalidRequest`` with the reason if a load asks for what this engine cannot do."""

@@ -29,7 +29,7 @@ CARD = EngineCard(
             Feature.PROMPT_LOOKUP: "mlx-lm has no guesses from the text so far.",
             Feature.KV_CACHE_TYPES: "mlx-lm keeps keys and values in the precision of the model when it computes several answers together.",
             Feature.NUM_EXPERTS: "mlx-lm uses as many experts as the model was trained with.",
-            Feature.GPU_LAYERS: "MLX computes all layers on one device: all of them (-1) or none (0) on the GPU.",
+            Feature.GPU_LAYERS: "MLX computes on one device: all layers (-1) or none (0) on the GPU, keys and values beside them.",
             Feature.FLASH_ATTENTION: "MLX always uses its own fused attention.",
             Feature.CPU_THREADS: "MLX decides itself how many threads it uses.",
             Feature.DRY: "DRY sampling needs a GGUF model's vocabulary.",

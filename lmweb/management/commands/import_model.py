@@ -118,4 +118,6 @@ class Command(ModelCommand):
         publisher, repo = naming.parse_user_repo(user_repo) if user_repo else guessed
         path = f"{publisher}/{repo}/{name}"
         key = services.free_key(publisher, repo, path, facts.quantization)
-        self.stdout.write(f"Would {mode.value} {file} to {placement.models_dir() / path} as {key}. Nothing was done.")
+        self.stdout.write(
+            f"Would {mode.value} {file} to {placement.models_dir() / path.removesuffix(f'/{CONFIG}')} as {key}. Nothing was done."
+        )
