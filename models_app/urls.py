@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from models_app import model_page, views
+from models_app import model_page, upload_views, views
 
 urlpatterns = [
     path("", views.my_models, name="my-models"),
@@ -23,7 +23,7 @@ urlpatterns = [
     path("virtual", views.add_virtual, name="model-add-virtual"),
     path("instances/<int:instance_id>/pin", views.pin, name="instance-pin"),
     path("instances/<int:instance_id>/unload", views.unload, name="instance-unload"),
-    path("uploads", views.new_upload, name="uploads"),
-    path("uploads/<str:upload_id>", views.upload, name="upload"),
-    path("uploads/<str:upload_id>/finish", views.finish_upload, name="upload-finish"),
+    path("uploads", upload_views.new_upload, name="uploads"),
+    path("uploads/<str:upload_id>", upload_views.upload, name="upload"),
+    path("uploads/<str:upload_id>/finish", upload_views.finish_upload, name="upload-finish"),
 ]
