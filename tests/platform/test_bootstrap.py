@@ -42,6 +42,9 @@ def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> str:
     return f"{name}=={version} \\\n    --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n    # via test\n"
 
 
+TRANSFORMERS = {f"transformers/models/{name}": "" for name in ("__init__.py", "auto/__init__.py", "bert/__init__.py", "bert/model.py")}
+
+
 class Checkout:
     """A repository with a lock file of two packages, one of them called like the compiled one."""
 
@@ -56,7 +59,7 @@ class Checkout:
         )
         self.lock("1.0")
         (root / "requirements" / "dev.txt").write_text(wheel(self.wheels, "tool", "1.0", {"tool.py": ""}))
-        (root / "requirements" / "mlx.txt").write_text(wheel(self.wheels, "mlx-lm", "1.0", {"mlx_lm.py": ""}))
+        (root / "requirements" / "mlx.txt").write_text(wheel(self.wheels, "mlx-lm", "1.0", {"mlx_lm.py": "", **TRANSFORMERS}))
 
     def lock(self, version: str) -> None:
         small = wheel(self.wheels, "small", version, {"small.py": f"version = {version!r}\n"})
@@ -135,7 +138,9 @@ def test_the_mlx_engine_comes_when_asked_for_and_stays(checkout, monkeypatch):
     monkeypatch.setenv("LMWEB_MLX", "on")
     assert not checkout.complete()
     checkout.make()
-    assert checkout.python("import mlx_lm; print('there')") == "there"
+    assert checkout.python("import mlx_lm, transformers.models.auto; print('there')") == "there"
+    models = next(checkout.venv.glob("lib/python*/site-packages/transformers/models"))
+    assert not (models / "bert").exists(), "the models of transformers are not run"
     monkeypatch.delenv("LMWEB_MLX")
     assert checkout.complete(), "once is enough"
     checkout.lock("2.0")

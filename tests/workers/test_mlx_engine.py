@@ -100,6 +100,7 @@ def edit(name: str, **values: object) -> Callable[[Path], None]:
 SENSELESS: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown type": (edit("config.json", model_type="nosuchtype"), "no models of the type 'nosuchtype'"),
     "a module that is no model": (edit("config.json", model_type="base"), "could not load the model"),
+    "a module that exits": (edit("config.json", model_type="olmo"), "could not load the model"),
     "a package": (edit("config.json", model_type="__init__"), "model_type"),
     "other shapes": (edit("config.json", hidden_size=128), "could not load the model"),
     "a missing setting": (edit("config.json", rms_norm_eps=None), "could not load the model"),

@@ -35,5 +35,5 @@ CARD = EngineCard(
             Feature.DRY: "DRY sampling needs a GGUF model's vocabulary.",
         }
     ),
-    install="Start lmweb with LMWEB_MLX=on once (python3 manage.py up): it installs the engine, about 120 MB.",
+    install="Start lmweb with LMWEB_MLX=on once (python3 manage.py up): it installs the engine, about 100 MB.",
 )

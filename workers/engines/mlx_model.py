@@ -25,7 +25,7 @@ from workers.parsing.visible import VISIBLE_SPECIALS
 
 #: Weights are read so much at a time, between reports of progress.
 READ_BYTES = 64 * 1024 * 1024
-#: What the libraries raise for settings and weights that make no sense to them.
+#: What the libraries raise for settings and weights that make no sense to them; one of mlx-lm's modules exits for want of a package.
 _LIBRARY_ERRORS = (
     ValueError,
     TypeError,
@@ -37,6 +37,7 @@ _LIBRARY_ERRORS = (
     AssertionError,
     OSError,
     ImportError,
+    SystemExit,
 )
 
 
