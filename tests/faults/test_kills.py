@@ -186,7 +186,8 @@ def test_a_machine_that_shares_the_work(fault_live: Live, token: str, second: su
     counted = " ".join(map(str, range(1, 90)))
     only = {"type": "json_schema", "json_schema": {"name": "count", "strict": True, "schema": {"const": counted}}}
     streams = [Stream(fault_live, token, f"count {n}", model=MODEL, max_tokens=1000, response_format=only) for n in range(6)]
-    wait_for(lambda: all(len(stream.text) > 30 for stream in streams), what="all answers stream")
+    wait_for(lambda: all(len(stream.text) > 30 or stream.error or stream.lost for stream in streams), what="all answers stream")
+    assert [(stream.error, stream.lost) for stream in streams] == [(None, False)] * 6
     rows = "SELECT node, resumes FROM models_app_generation ORDER BY created_at DESC LIMIT 6"
     shares = Counter(fault_live.rows(rows))
     assert set(shares) == {("test-node", 0), ("second", 0)}
