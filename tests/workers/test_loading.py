@@ -234,7 +234,8 @@ def test_whoever_waits_for_memory_is_told_and_gets_a_turn(bench: Bench, models: 
 
 
 def test_a_cancelled_wait_leaves_the_loaded_model_alone(bench: Bench, models: list[InstalledModel]) -> None:
-    first = begin(bench, models[0])
+    endless = SamplingParams(temperature=0.0, repeat_penalty=1.0, max_tokens=100_000, ignore_eos=True)
+    first = begin(bench, models[0], endless, context_overflow="rollingWindow")
     wait_for(lambda: bench.text(first))
     limit_to(bench, 1.5)
     other = begin(bench, models[1], SHORT)
@@ -243,7 +244,8 @@ def test_a_cancelled_wait_leaves_the_loaded_model_alone(bench: Bench, models: li
     late = begin(bench, models[0], SHORT)
     assert bench.finished(other).status == "cancelled"
     assert bench.finished(late).status == "completed"
-    assert bench.finished(first).status == "completed"
+    bench.host.cancel(str(first.pk))
+    assert bench.finished(first).status == "cancelled"
     wait_for(lambda: there() == {"test/a": "ready"})
 
 
