@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 from django.http import HttpRequest, HttpResponse
 
+from lmweb.decoding import decode_json
 from lmweb.errors import InvalidRequest
 
 T = TypeVar("T")
@@ -20,7 +21,7 @@ _FIELD = re.compile(r"^Object (?P<fault>missing required|contains unknown) field
 def decode(request: HttpRequest, kind: type[T]) -> T:
     """Return the JSON body as a struct. Raises ``InvalidRequest`` that names the field at fault."""
     try:
-        return msgspec.json.decode(json_body(request), type=kind)
+        return decode_json(json_body(request), kind)
     except msgspec.ValidationError as error:
         raise _in_words(str(error)) from None
     except RecursionError:

@@ -9,6 +9,7 @@ import msgspec
 
 from chat.history import Branch, fetch
 from chat.models import Chat, Message
+from lmweb.decoding import convert
 from lmweb.errors import InvalidRequest
 from workers.schemas import ChatMessage, GenerationRequest, Lane, OverflowPolicy, Role, SamplingParams
 
@@ -31,10 +32,10 @@ def sampling_of(overrides: dict[str, Any]) -> SamplingParams:
         if name not in LABELS:
             raise InvalidRequest(f"There is no setting '{name[:100]}'.", param=name[:100])
         try:
-            msgspec.convert({name: value}, SamplingParams)
+            convert({name: value}, SamplingParams)
         except msgspec.ValidationError as error:
             raise InvalidRequest(f"{LABELS[name]}: {str(error).partition(' - at ')[0].lower()}.", param=name) from None
-    return msgspec.convert(overrides, SamplingParams)
+    return convert(overrides, SamplingParams)
 
 
 def build_request(chat: Chat, *, model: str, last: uuid.UUID) -> GenerationRequest:

@@ -20,6 +20,7 @@ from chat.models import Chat
 from chat.prompting import LABELS
 from chat.selectors import chat_models, default_model
 from lmweb.access import Action, Principal
+from lmweb.decoding import decode_json
 from lmweb.errors import InvalidRequest
 from models_app.generations import resolve_model
 from models_app.loading import request_load, request_unload
@@ -130,7 +131,7 @@ def delete(request: HttpRequest, chat_id: uuid.UUID) -> JsonResponse:
 def settings(request: HttpRequest, chat_id: uuid.UUID) -> JsonResponse:
     """Save the side panel."""
     try:
-        wanted = msgspec.json.decode(request.body, type=services.ChatSettings)
+        wanted = decode_json(request.body, services.ChatSettings)
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"The settings were not understood: {error}.") from None
     services.save_settings(principal=_principal(request), chat_id=chat_id, settings=wanted)

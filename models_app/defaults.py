@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from lmweb.access import Action, Principal, require
+from lmweb.decoding import convert
 from lmweb.errors import InvalidRequest
 from models_app.models import InstalledModel
 from workers.engines import registry
@@ -87,9 +88,9 @@ def check_sampling(overrides: Mapping[str, Any]) -> None:
 def with_defaults(request: AnyRequest, model: InstalledModel) -> AnyRequest:
     """Return the request with the model's defaults where its sender said nothing."""
     if isinstance(request, GenerationRequest) and (model.inference_defaults or model.custom_fields):
-        defaults = msgspec.convert(model.inference_defaults, InferenceDefaults)
+        defaults = convert(model.inference_defaults, InferenceDefaults)
         missing = {name: value for name, value in defaults.sampling.items() if name not in request.given}
-        sampling = msgspec.convert({**msgspec.to_builtins(request.sampling, str_keys=True), **missing}, SamplingParams, strict=False)
+        sampling = convert({**msgspec.to_builtins(request.sampling, str_keys=True), **missing}, SamplingParams, strict=False)
         messages = request.messages
         if defaults.system_prompt.strip() and messages[0].role not in {"system", "developer"}:
             messages = [ChatMessage(role="system", content=defaults.system_prompt), *messages]
@@ -111,7 +112,7 @@ def _custom_variables(model: InstalledModel, chosen: Mapping[str, Any]) -> dict[
 
 def _convert(data: Mapping[str, Any], kind: type[T]) -> T:
     try:
-        return msgspec.convert(data, kind)
+        return convert(data, kind)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$.")
         name = path.rstrip("`").split("[")[0] or None

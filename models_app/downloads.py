@@ -20,6 +20,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from lmweb.access import Action, Principal, require
+from lmweb.decoding import convert
 from lmweb.errors import Conflict, InvalidRequest, JobNotFound, PermissionDenied
 from lmweb.models import User
 from models_app import catalog, hub, mlx, naming, placement
@@ -330,4 +331,4 @@ def parts_folder(download_id: str) -> Path:
 
 def files_of(download: Download) -> list[RemoteFile]:
     """Return the files of a download."""
-    return msgspec.convert(download.files, list[RemoteFile])
+    return convert(download.files, list[RemoteFile])

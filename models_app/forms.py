@@ -11,6 +11,7 @@ from django.conf import settings
 from django.http import QueryDict
 from django.utils.html import escape
 
+from lmweb.decoding import convert
 from lmweb.errors import LmwebError
 from models_app.defaults import MAX_SYSTEM_PROMPT, InferenceDefaults, load_config
 from models_app.loading import loading_nodes
@@ -178,7 +179,7 @@ class InferenceForm(ServiceForm):
     )
 
     def __init__(self, model: InstalledModel, data: QueryDict | None = None) -> None:
-        self.kept = msgspec.convert(model.inference_defaults, InferenceDefaults)
+        self.kept = convert(model.inference_defaults, InferenceDefaults)
         initial: dict[str, Any] = {**self.kept.sampling, "system_prompt": self.kept.system_prompt}
         initial["stop"] = "\n".join(self.kept.sampling.get("stop", []))
         super().__init__(data, initial=initial)

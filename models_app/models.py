@@ -7,7 +7,6 @@ import uuid
 from pathlib import Path
 from typing import Any, ClassVar
 
-import msgspec
 from django.conf import settings
 from django.contrib.postgres.fields import ArrayField
 from django.db import models
@@ -15,6 +14,7 @@ from django.db.models import Q
 
 from lmweb.access import Action, Principal
 from lmweb.db import Lookup, Memory, Version, field_names, mark_of
+from lmweb.decoding import convert
 from lmweb.models import ApiToken, User
 from workers.models import WorkerNode
 from workers.schemas import ToolCall
@@ -284,7 +284,7 @@ class Generation(models.Model):
 
     def calls(self) -> list[ToolCall]:
         """Return the calls of tools that the model made."""
-        return msgspec.convert(self.tool_calls, list[ToolCall])
+        return convert(self.tool_calls, list[ToolCall])
 
     def state(self) -> dict[str, Any]:
         """Return what a viewer needs to show this generation as of ``seq``."""

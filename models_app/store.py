@@ -26,6 +26,7 @@ from psycopg import sql
 
 from lmweb import __version__
 from lmweb.db import drop_dead_connections
+from lmweb.decoding import convert, decode_json
 from lmweb.errors import JoinRefused, ModelLoadFailed
 from models_app import fetching, mirror, routing
 from models_app.drafts import draft_file
@@ -414,7 +415,7 @@ def _claim(row: dict[str, Any]) -> Claim:
         seq=row["seq"],
         content=row["content"],
         reasoning=row["reasoning"],
-        tool_calls=msgspec.json.decode(row["tool_calls"], type=list[ToolCall]),
+        tool_calls=decode_json(row["tool_calls"], list[ToolCall]),
         output_tokens=row["output_tokens"],
         cancelled=row["cancel_requested"],
         draft=draft_file(request.draft_model) if isinstance(request, GenerationRequest) else None,
@@ -422,7 +423,7 @@ def _claim(row: dict[str, Any]) -> Claim:
 
 
 def _instance(row: ModelInstance, model: ModelFile) -> Instance:
-    config = msgspec.convert(row.config, LoadConfig)
+    config = convert(row.config, LoadConfig)
     return Instance(
         row.pk,
         row.identifier,

@@ -9,6 +9,7 @@ import msgspec
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.views.decorators.http import require_http_methods, require_POST
 
+from lmweb.decoding import decode_json
 from lmweb.errors import InvalidRequest, LmwebError, PayloadTooLarge
 from models_app import uploads
 from models_app.views import P, View, principal_of
@@ -83,7 +84,7 @@ def finish_upload(request: HttpRequest, upload_id: str) -> HttpResponse:
 
 def _body(request: HttpRequest, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(request.body, type=kind)
+        return decode_json(request.body, kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The request is not what was expected: {error}") from None
 

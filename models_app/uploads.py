@@ -20,6 +20,7 @@ import msgspec
 from django.conf import settings
 
 from lmweb.access import Action, Principal, require
+from lmweb.decoding import decode_json
 from lmweb.errors import Conflict, InvalidModelFile, InvalidRequest, NotFound, PayloadTooLarge
 from models_app import gguf, naming, placement, services
 from models_app.models import InstalledModel
@@ -161,7 +162,7 @@ def _read(upload_id: str) -> Upload | None:
     except ValueError:
         return None
     try:
-        upload = msgspec.json.decode(_facts(canonical).read_bytes(), type=Upload)
+        upload = decode_json(_facts(canonical).read_bytes(), Upload)
         upload.received = _data(canonical).stat().st_size
     except (FileNotFoundError, msgspec.DecodeError):
         return None

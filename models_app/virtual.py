@@ -14,6 +14,7 @@ from django.db import IntegrityError, transaction
 from msgspec import Meta
 
 from lmweb.access import Action, Principal, require
+from lmweb.decoding import convert
 from lmweb.errors import Conflict, InvalidRequest
 from models_app import naming, placement
 from models_app.catalog import SafeLoader
@@ -138,7 +139,7 @@ def parse(text: str) -> Document:
         raise InvalidRequest(f"The file is larger than {MAX_BYTES // 1024} KiB.", param="file")
     try:
         data = yaml.load(text, Loader=SafeLoader)  # noqa: S506  (a SafeLoader)
-        return msgspec.convert(data, Document)
+        return convert(data, Document)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         what = str(error).splitlines()[0] if isinstance(error, msgspec.ValidationError) else "it is not valid YAML"
         raise InvalidRequest(f"This is no model.yaml: {what[:300]}.", param="file") from None
@@ -180,7 +181,7 @@ def install(*, principal: Principal | None, text: str) -> InstalledModel:
     check_sampling(sampling)
     prompts = [field.value for field in document.config.operation.fields if field.key == "llm.prediction.systemPrompt"]
     prompt = prompts[0] if prompts and isinstance(prompts[0], str) else ""
-    inherited = msgspec.convert(base.inference_defaults, InferenceDefaults)
+    inherited = convert(base.inference_defaults, InferenceDefaults)
     row.inference_defaults = msgspec.to_builtins(
         msgspec.structs.replace(inherited, sampling={**inherited.sampling, **sampling}, system_prompt=prompt or inherited.system_prompt)
     )

@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from lmweb.decoding import prepare
 from workers.events import AnyEvent, ErrorInfo, Stats
 from workers.schemas import EmbeddingRequest, GenerationRequest, LoadConfig
 
@@ -130,6 +131,7 @@ class Channel:
         self._sock = sock
         self._buffer = bytearray()
         self._encoder = msgspec.msgpack.Encoder()
+        prepare(receives)
         self._decoder: msgspec.msgpack.Decoder[HostMessage | RunnerMessage] = msgspec.msgpack.Decoder(receives)
 
     def fileno(self) -> int:

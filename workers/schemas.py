@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from lmweb.decoding import decode_json
+
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Reasoning = Literal["off", "low", "medium", "high", "on"]
 OverflowPolicy = Literal["stopAtLimit", "truncateMiddle", "rollingWindow"]
@@ -204,6 +206,6 @@ class _Kind(msgspec.Struct):
 
 def request_from_json(text: str) -> AnyRequest:
     """Rebuild a stored request of either kind. Raises ``msgspec.ValidationError`` for a text that is none."""
-    if msgspec.json.decode(text, type=_Kind).inputs:
-        return msgspec.json.decode(text, type=EmbeddingRequest)
-    return msgspec.json.decode(text, type=GenerationRequest, strict=False)
+    if decode_json(text, _Kind).inputs:
+        return decode_json(text, EmbeddingRequest)
+    return decode_json(text, GenerationRequest, strict=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from lmweb.decoding import decode_json
 from lmweb.errors import LmwebError, TemplateError
 from workers.parsing.tools.families import DEFAULT
 from workers.prompting import Prompter
@@ -75,7 +76,7 @@ def preview(source: str) -> TemplatePreview:
         raise TemplateError("The chat template took too long.", param="chat_template") from None
     if child.returncode:
         raise TemplateError("The chat template needs too much memory or time.", param="chat_template")
-    found = msgspec.json.decode(child.stdout, type=TemplatePreview)
+    found = decode_json(child.stdout, TemplatePreview)
     if found.error:
         raise TemplateError(found.error, param="chat_template")
     return found

@@ -12,6 +12,7 @@ import msgspec
 
 from api.openai.checks import without_nul
 from api.openai.translate import invalid
+from lmweb.decoding import convert
 from lmweb.errors import GenerationInterrupted, InvalidRequest
 from workers.events import AnyEvent, EmbeddingVectors, Stats
 from workers.schemas import MAX_EMBEDDING_INPUTS, EmbeddingRequest
@@ -94,7 +95,7 @@ def to_embedding_request(request: EmbeddingsRequest) -> EmbeddingRequest:
         "ttl_seconds": request.ttl,
     }
     try:
-        return msgspec.convert(data, EmbeddingRequest)
+        return convert(data, EmbeddingRequest)
     except msgspec.ValidationError as error:
         raise invalid(error) from None
 

@@ -35,6 +35,7 @@ from api.openai.schemas import (
     ToolCallDelta,
     Usage,
 )
+from lmweb.decoding import convert
 from lmweb.errors import GenerationInterrupted, InvalidRequest, LmwebError, error_class
 from workers.events import (
     AnyEvent,
@@ -117,7 +118,7 @@ def to_generation_request(request: ChatCompletionRequest) -> GenerationRequest:
         "draft_model": request.draft_model,
     }
     try:
-        return msgspec.convert(data, GenerationRequest)
+        return convert(data, GenerationRequest)
     except msgspec.ValidationError as error:
         raise invalid(error, max_tokens=_limit_name(request)) from None
 

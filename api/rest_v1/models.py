@@ -13,6 +13,7 @@ from api.auth import principal_of
 from api.body import decode, json_response
 from lmweb.access import Action, Principal, require
 from lmweb.db import run_db
+from lmweb.decoding import convert
 from lmweb.errors import ModelLoadFailed, ModelNotFound
 from models_app.defaults import load_config
 from models_app.generations import resolve_model
@@ -215,5 +216,5 @@ def _model(model: InstalledModel) -> Model:
 
 def _config(config: dict[str, Any]) -> InstanceConfig:
     """Return a stored configuration, which lacks what is at its default, in full."""
-    full = msgspec.convert(config, LoadConfig)
+    full = convert(config, LoadConfig)
     return InstanceConfig(**{name: getattr(full, name) for name in InstanceConfig.__struct_fields__})

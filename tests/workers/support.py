@@ -21,6 +21,11 @@ from workers.schemas import ChatMessage, GenerationRequest, SamplingParams, requ
 from workers.tasks import complete_config
 
 GREEDY = SamplingParams(temperature=0.0, repeat_penalty=1.0)
+#: Of an answer that is there until somebody stops it, however slow the machine is.
+ENDLESS: dict[str, Any] = {
+    "sampling": SamplingParams(temperature=0.0, repeat_penalty=1.0, max_tokens=100_000, ignore_eos=True),
+    "context_overflow": "rollingWindow",
+}
 
 
 def wait_for(condition: Callable[[], object], *, seconds: float = 20.0) -> None:

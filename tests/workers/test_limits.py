@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from lmweb.models import User
 from models_app.models import InstalledModel
-from tests.workers.support import Bench, wait_for
+from tests.workers.support import ENDLESS, Bench, wait_for
 from workers.events import QueueUpdate
 from workers.schemas import Lane, SamplingParams
 
-LONG = SamplingParams(temperature=0.0, repeat_penalty=1.0, max_tokens=1500, ignore_eos=True)
 SHORT = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
 
 
@@ -18,7 +17,7 @@ def waits(bench: Bench, generation: object) -> list[QueueUpdate]:
 
 def test_what_is_beyond_the_limit_waits_and_says_why(bench: Bench, starter: InstalledModel, stranger: User) -> None:
     User.objects.filter(pk=bench.principal.user.pk).update(running_limit=1)
-    running, api, chat = (bench.create(starter, "Hi", sampling=sampling) for sampling in (LONG, SHORT, SHORT))
+    running, api, chat = (bench.create(starter, "Hi", **fields) for fields in (ENDLESS, {"sampling": SHORT}, {"sampling": SHORT}))
     chat.request["lane"] = Lane.INTERACTIVE
     chat.save()
     other = bench.create(starter, "Hi", sampling=SHORT)
@@ -42,7 +41,7 @@ def test_what_is_beyond_the_limit_waits_and_says_why(bench: Bench, starter: Inst
 
 def test_one_that_is_held_back_can_be_stopped(bench: Bench, starter: InstalledModel) -> None:
     User.objects.filter(pk=bench.principal.user.pk).update(running_limit=1)
-    running, held = (bench.create(starter, "Hi", sampling=LONG) for _ in range(2))
+    running, held = (bench.create(starter, "Hi", **ENDLESS) for _ in range(2))
     for generation in (running, held):
         bench.host.generate(str(generation.pk))
     wait_for(lambda: waits(bench, held))

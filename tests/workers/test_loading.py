@@ -13,7 +13,7 @@ import pytest
 
 from tests.micro_models import make_micro
 from tests.models.hostile import VALID, engine_killers, mutants
-from tests.workers.support import Bench, make_host, wait_for
+from tests.workers.support import ENDLESS, Bench, make_host, wait_for
 from workers.events import QueueUpdate
 from workers.memory import AutoEvict
 from workers.runners import Policy
@@ -196,10 +196,11 @@ def test_one_model_at_a_time_as_lm_studio_does(bench: Bench, models: list[Instal
 
 
 def test_a_busy_model_is_not_evicted_where_there_is_room(bench: Bench, models: list[InstalledModel]) -> None:
-    long = begin(bench, models[0])
+    long = begin(bench, models[0], **ENDLESS)
     wait_for(lambda: bench.text(long))
     assert bench.run(models[1], "to be", sampling=SHORT).status == "completed"
-    assert bench.finished(long).status == "completed"
+    bench.host.cancel(str(long.pk))
+    assert bench.finished(long).status == "cancelled"
     assert set(there()) == {"test/a", "test/b"}
 
 
@@ -217,7 +218,7 @@ def test_off_keeps_everything_and_says_when_memory_is_short(bench: Bench, models
 
 def test_whoever_waits_for_memory_is_told_and_gets_a_turn(bench: Bench, models: list[InstalledModel]) -> None:
     """A stream of requests for one model does not keep another one out, and nothing is cut off."""
-    first = begin(bench, models[0])
+    first = begin(bench, models[0], **ENDLESS)
     wait_for(lambda: bench.text(first))
     limit_to(bench, 1.5)
     other = begin(bench, models[1], SHORT)
@@ -226,7 +227,8 @@ def test_whoever_waits_for_memory_is_told_and_gets_a_turn(bench: Bench, models: 
     update = next(event for event in bench.events(other) if isinstance(event, QueueUpdate))
     assert (update.position, update.reason) == (0, "Waiting until test/a has finished.")
     late = begin(bench, models[0], SHORT)  # its model's turn is over
-    assert bench.finished(first).status == "completed"
+    bench.host.cancel(str(first.pk))
+    assert bench.finished(first).status == "cancelled"
     assert bench.finished(other).status == "completed"
     assert bench.finished(late).status == "completed"
     assert first.finished_at < other.finished_at < late.finished_at
@@ -234,8 +236,7 @@ def test_whoever_waits_for_memory_is_told_and_gets_a_turn(bench: Bench, models: 
 
 
 def test_a_cancelled_wait_leaves_the_loaded_model_alone(bench: Bench, models: list[InstalledModel]) -> None:
-    endless = SamplingParams(temperature=0.0, repeat_penalty=1.0, max_tokens=100_000, ignore_eos=True)
-    first = begin(bench, models[0], endless, context_overflow="rollingWindow")
+    first = begin(bench, models[0], **ENDLESS)
     wait_for(lambda: bench.text(first))
     limit_to(bench, 1.5)
     other = begin(bench, models[1], SHORT)
@@ -312,14 +313,15 @@ def test_a_load_that_waits_can_be_stopped(bench: Bench, models: list[InstalledMo
     from models_app.models import ModelInstance
 
     old = ask(bench, models[0])
-    long = begin(bench, models[0])
+    long = begin(bench, models[0], **ENDLESS)
     wait_for(lambda: bench.text(long))
     row = ModelInstance.objects.create(identifier="new", model=models[1], node_id="test-node", replaces=[old.pk])
     bench.host.load(row.pk)
     wait_for(lambda: ModelInstance.objects.get(pk=row.pk).note == "Waiting until test/a has finished.")
     bench.host.unload(row.pk)
     assert there() == {"test/a": "ready"}
-    assert bench.finished(long).status == "completed"
+    bench.host.cancel(str(long.pk))
+    assert bench.finished(long).status == "cancelled"
     assert bench.run(models[0], "to be", sampling=SHORT).status == "completed"
 
 
