@@ -33,14 +33,18 @@ def request_verification(*, principal: Principal, model: InstalledModel) -> None
         raise Conflict(f"{model.key} has no files of its own; check the model that it runs on.")
     if is_running(model.verification):
         raise Conflict(f"{model.key} is being checked already.")
-    transaction.on_commit(lambda: note_checksums(model))
+    _begin(model)
 
 
 def note_checksums(model: InstalledModel) -> None:
     """Have the checksums of a model's files computed and noted, unless that is under way. Raises ``ServiceUnavailable``."""
     if not is_running(model.verification):
-        _note(model.pk, status="running", done=0, total=model.size_bytes, message="")
-        _send(model.pk)
+        _begin(model)
+
+
+def _begin(model: InstalledModel) -> None:
+    _note(model.pk, status="running", done=0, total=model.size_bytes, message="")
+    transaction.on_commit(lambda: _send(model.pk))
 
 
 def is_running(state: dict[str, Any]) -> bool:

@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     A failure that repeats still fails, and every rerun is shown in the summary.
     """
-    whole = {"live", "fault_live", "fresh_live", "page"}
+    whole = {"live", "fault_live", "fresh_live", "page", "bench"}
     for item in items:
         if whole & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=1))

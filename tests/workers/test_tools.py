@@ -163,15 +163,15 @@ def test_json_or_a_call(bench: Bench, noise: InstalledModel) -> None:
 
 def test_calls_survive_a_crash(bench: Bench, noise: InstalledModel) -> None:
     marker = starter_vocabulary().tokens.index("<tool_call>")
-    sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=1200, logit_bias={marker: 100.0})
+    sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=1800, logit_bias={marker: 100.0})
     undisturbed = bench.finished(start(bench, noise, "x", sampling))
     generation = start(bench, noise, "x", sampling)
-    wait_for(lambda: sum(isinstance(event, ToolCallStart) for event in bench.events(generation)) > 5)
+    wait_for(lambda: sum(isinstance(event, ToolCallStart) for event in bench.events(generation)) > 2)
     os.kill(next(iter(bench.host.runners.by_id.values())).process.pid, signal.SIGKILL)
     bench.finished(generation)
     assert generation.resumes == 1
     calls, expected = ([(call["name"], call["arguments"]) for call in g.tool_calls] for g in (generation, undisturbed))
-    assert calls[:5] == expected[:5]
+    assert calls[:2] == expected[:2]
     generation.tool_calls.pop()  # the limit cuts the last one
     check(generation, names={"get_weather", "pick"})
     assert len({call["id"] for call in generation.tool_calls}) == len(generation.tool_calls)
