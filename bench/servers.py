@@ -19,13 +19,11 @@ from typing import Protocol
 
 import psutil
 
-from bench import startup
+from bench import engine_source, startup
 from bench.loadgen import Endpoint
-from lmweb import bootstrap
 from lmweb.supervisor import discovery
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LIBRARY = "llama-cpp-python"
 READY_SECONDS = 120.0
 
 
@@ -45,22 +43,13 @@ class Server(Protocol):
 # --- llama-server -----------------------------------------------------------------------------------------------------
 
 
-def engine_version() -> str:
-    """Return the locked version of llama-cpp-python."""
-    return bootstrap.requirements(REPOSITORY / "requirements" / "runtime.txt")[LIBRARY].split("==")[1].split()[0]
-
-
-def engine_source(cache: Path) -> Path:
+def llama_source(cache: Path) -> Path:
     """Return llama.cpp's source as llama-cpp-python's source distribution carries it, downloaded and checked by hash at the first call."""
-    folder = cache / f"llama_cpp_python-{engine_version()}"
+    folder = cache / f"llama_cpp_python-{engine_source.version()}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as name:
-            listed = Path(name) / "requirements.txt"
-            listed.write_text(bootstrap.requirements(REPOSITORY / "requirements" / "runtime.txt")[LIBRARY])
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
-            subprocess.run([*command, "-d", name, "-r", str(listed)], check=True)
-            with tarfile.open(next(Path(name).glob("*.tar.gz"))) as archive:
+            with tarfile.open(engine_source.download(Path(name))) as archive:
                 archive.extractall(name, filter="data")
             (Path(name) / folder.name).rename(folder)
     return folder / "vendor" / "llama.cpp"
@@ -68,12 +57,13 @@ def engine_source(cache: Path) -> Path:
 
 def build_llama_server(cache: Path) -> Path:
     """Return ``llama-server``, compiled at the first call (minutes) as our engine is: a release for this very processor."""
-    source = engine_source(cache)
-    build = cache / f"build-{engine_version()}"
+    source = llama_source(cache)
+    build = cache / f"build-{engine_source.version()}"
     program = build / "bin" / "llama-server"
     if not program.exists():
         options = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF"]
         options += ["-DLLAMA_BUILD_UI=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF"]
+        options.append(f"-DCMAKE_PROJECT_INCLUDE={REPOSITORY / 'requirements' / 'amx.cmake'}")
         subprocess.run(["cmake", "-S", str(source), "-B", str(build), *options, *os.environ.get("CMAKE_ARGS", "").split()], check=True)
         jobs = str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "--target", "llama-server", "-j", jobs], check=True)

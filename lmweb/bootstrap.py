@@ -36,7 +36,9 @@ from lmweb import env
 COMPILED = "llama-cpp-python"
 MARKER = "lmweb.json"
 UNFINISHED = "lmweb-unfinished"
-LEANER = Path(__file__).resolve().parent.parent / "requirements" / "llama.cmake"
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements"
+#: What the build of llama.cpp reads of ours.
+RECIPE = tuple(REQUIREMENTS / name for name in ("llama.cmake", "amx.cmake", "amx.h"))
 LOG = "lmweb-install.log"
 #: What the import of transformers needs of its models.
 TRANSFORMERS_KEPT = {"auto", "encoder_decoder", "__pycache__"}
@@ -54,6 +56,8 @@ GPU_FLAGS = {
     "rocm": "-DGGML_HIP=on",
 }
 
+#: Of what a processor says about itself, that which compilers make use of.
+_COMPUTES = re.compile(r"avx|amx|fma|f16c|bmi|s?sse|asimd|sve|sme|i8mm|bf16|fphp")
 _STEP_OF = re.compile(r"\[\s*(\d+)/(\d+)\]")  # ninja
 _PERCENT = re.compile(r"\[\s*(\d+)%\]")  # make
 
@@ -64,7 +68,10 @@ class BootstrapError(Exception):
 
 @dataclass(frozen=True)
 class State:
-    """What an environment was made from: digests of the lock files (``dev`` and ``mlx`` empty without them), and how llama.cpp was built."""
+    """What an environment was made from: digests of the lock files (``dev`` and ``mlx`` empty without them), and how llama.cpp was built.
+
+    ``recipe`` is a digest of what else its build depends on: our own part of it, and the processor that it was built for.
+    """
 
     python: str
     runtime: str
@@ -72,6 +79,7 @@ class State:
     gpu: str
     cmake_args: str
     mlx: str = ""
+    recipe: str = ""
 
 
 def enter(repository: Path, *, dev: bool) -> None:
@@ -115,14 +123,32 @@ def wanted(repository: Path, target: Path, *, dev: bool) -> State:
         raise BootstrapError(f"LMWEB_GPU must be one of {', '.join(GPU_FLAGS)}, not '{gpu}'.")
     tools = dev or bool(present and present.dev)
     mlx = (tools and has_mlx()) or env.flag("LMWEB_MLX") or bool(present and present.mlx)
+    cmake_args = env.text("CMAKE_ARGS") or (present.cmake_args if present else "")
     return State(
         python=f"{sys.version_info[0]}.{sys.version_info[1]}",
         runtime=digest(repository / "requirements" / "runtime.txt"),
         dev=digest(repository / "requirements" / "dev.txt") if tools else "",
         mlx=digest(repository / "requirements" / "mlx.txt") if mlx else "",
         gpu=gpu or (present.gpu if present else "cpu"),
-        cmake_args=env.text("CMAKE_ARGS") or (present.cmake_args if present else ""),
+        cmake_args=cmake_args,
+        recipe=recipe(cmake_args),
     )
+
+
+def recipe(cmake_args: str) -> str:
+    """Return the digest for ``State.recipe``. Code for this very processor may end with an illegal instruction on another one."""
+    parts = [file.read_bytes() for file in RECIPE]
+    if "GGML_NATIVE=OFF" not in cmake_args.upper():
+        parts.append(processor().encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def processor() -> str:
+    """Return the kind of processor, with the instructions beyond the common ones that it has (where the system tells)."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return " ".join([platform.machine(), *sorted(filter(_COMPUTES.match, found))])
 
 
 def has_mlx() -> bool:
@@ -168,7 +194,7 @@ def make(repository: Path, target: Path, *, dev: bool) -> None:
     if (target / UNFINISHED).exists():
         shutil.rmtree(target)
         present = None
-    rebuild = present is not None and (present.gpu, present.cmake_args) != (state.gpu, state.cmake_args)
+    rebuild = present is not None and built_as(present) != built_as(state)
     if rebuild or not installed(target, repository):
         check_tools()
     print(f"Making the Python environment in {target} (once; compiling llama.cpp takes minutes).", flush=True)
@@ -187,6 +213,11 @@ def make(repository: Path, target: Path, *, dev: bool) -> None:
     (target / MARKER).write_text(json.dumps(asdict(state), indent=1))
     (target / UNFINISHED).unlink()
     print(f"The environment is complete after {clock(time.monotonic() - began)}.", flush=True)
+
+
+def built_as(state: State) -> tuple[str, ...]:
+    """Return what a compiled engine is compiled anew for when it changes."""
+    return state.gpu, state.cmake_args, state.recipe
 
 
 def check_tools() -> None:
@@ -224,13 +255,12 @@ def install(target: Path, packages: dict[str, str], progress: Progress, *, build
     listed = target / "lmweb-requirements.txt"
     listed.write_text("".join(packages.values()))
     variables = dict(os.environ)
-    fresh = rebuild
+    cache = ""
     if build is not None:
-        flags = [f"-DCMAKE_PROJECT_INCLUDE={LEANER}", *shlex.split(build.cmake_args), *GPU_FLAGS[build.gpu].split()]
+        flags = [f"-DCMAKE_PROJECT_INCLUDE={RECIPE[0]}", *shlex.split(build.cmake_args), *GPU_FLAGS[build.gpu].split()]
         variables["CMAKE_ARGS"] = shlex.join(flags)
-        # A wheel in the installer's cache may have been built with other flags.
-        fresh = rebuild or bool(build.cmake_args) or build.gpu != "cpu"
-    for command in installers(target, listed, rebuild=rebuild, no_cache=fresh, verbose=build is not None):
+        cache = engine_cache(build)
+    for command in installers(target, listed, rebuild=rebuild, cache=cache, verbose=build is not None):
         if run(command, variables, target / LOG, progress):
             return
         print(f"\n{Path(command[0]).name} failed.", flush=True)
@@ -238,20 +268,27 @@ def install(target: Path, packages: dict[str, str], progress: Progress, *, build
     raise BootstrapError("\n".join(lines) + f"\n\nInstalling failed. The whole log: {target / LOG}")
 
 
-def installers(target: Path, listed: Path, *, rebuild: bool, no_cache: bool, verbose: bool) -> Iterator[list[str]]:
-    """Yield the commands to try, best first."""
+def engine_cache(build: State) -> str:
+    """Return the installer's option for a cache of this kind of build only, whose wheels it would take for any other."""
+    if build.cmake_args or build.gpu != "cpu":  # they may name things that change: a compiler, a library of the system
+        return "--no-cache"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return f"--cache-dir={caches / 'lmweb' / f'engine-{build.recipe[:16]}'}"
+
+
+def installers(target: Path, listed: Path, *, rebuild: bool, cache: str, verbose: bool) -> Iterator[list[str]]:
+    """Yield the commands to try, best first. ``cache`` is uv's option about its cache, empty for the usual one."""
     python = str(target / "bin" / "python")
     common = ["--require-hashes", "--no-deps", "-r", str(listed)]
-    cache = ["--no-cache" if no_cache else ""]
     uv = shutil.which("uv")
     if uv:
         extra = ["--reinstall"] if rebuild else []
-        command = [uv, "pip", "install", "--python", python, "--compile-bytecode", *extra, *cache, *common]
+        command = [uv, "pip", "install", "--python", python, "--compile-bytecode", *extra, cache, *common]
         yield [part for part in command + (["-v"] if verbose else []) if part]
     extra = ["--force-reinstall"] if rebuild else []
-    cache = ["--no-cache-dir" if no_cache else ""]
+    cache = "--no-cache-dir" if cache == "--no-cache" else cache
     flags = ["--no-input", "--disable-pip-version-check", "--no-warn-script-location"]
-    command = [*pip(target), "--python", python, "install", *flags, *extra, *cache, *common]
+    command = [*pip(target), "--python", python, "install", *flags, *extra, cache, *common]
     yield [part for part in command + (["-v"] if verbose else []) if part]
 
 

@@ -188,6 +188,33 @@ def test_gpu_is_rebuilt_when_asked_and_kept_when_not(checkout, monkeypatch):
         checkout.complete()
 
 
+def test_the_engine_is_compiled_anew_for_another_processor_and_by_another_recipe(checkout, monkeypatch):
+    """An environment, or an installer's cache, that came from another machine may hold instructions that this one lacks."""
+    checkout.make()
+    commands = []
+    original = bootstrap.run
+    monkeypatch.setattr(bootstrap, "run", lambda command, *rest: commands.append(command) or original(command, *rest))
+    monkeypatch.setattr(bootstrap, "processor", lambda: "x86_64 avx2")
+    assert not checkout.complete()
+    checkout.make()
+    first, again = commands[-1], bootstrap.engine_cache(bootstrap.read_state(checkout.venv))
+    assert "--force-reinstall" in first
+    assert again in first, "its wheel is kept apart from those of other processors"
+    changed = checkout.root / "amx.h"
+    changed.write_text("// another one\n")
+    monkeypatch.setattr(bootstrap, "RECIPE", (*bootstrap.RECIPE[:2], changed))
+    assert not checkout.complete()
+    assert bootstrap.engine_cache(bootstrap.wanted(checkout.root, checkout.venv, dev=False)) != again
+
+
+def test_an_engine_for_any_processor_stays_on_another_one(checkout, monkeypatch):
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=OFF")
+    checkout.make()
+    monkeypatch.delenv("CMAKE_ARGS")
+    monkeypatch.setattr(bootstrap, "processor", lambda: "x86_64 avx2")
+    assert checkout.complete()
+
+
 def test_missing_compiler_and_cmake_are_named_before_anything_is_done(checkout, monkeypatch):
     monkeypatch.setattr(bootstrap.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
