@@ -31,9 +31,9 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from bench import make_bert, make_gguf  # noqa: E402
+from bench import engine_source, make_bert, make_gguf  # noqa: E402
 from bench.scenarios import CONTEXT, PEOPLE, SCENARIOS, WIDTHS, Contest, Row  # noqa: E402
-from bench.servers import LlamaServer, Product, Server, build_llama_server, engine_source, engine_version  # noqa: E402
+from bench.servers import LlamaServer, Product, Server, build_llama_server, llama_source  # noqa: E402
 from bench.startup import write  # noqa: E402
 from lmweb import env  # noqa: E402
 from workers.memory import kv_bytes_per_token, kv_cells  # noqa: E402
@@ -67,7 +67,7 @@ def model_files(names: Iterable[str], cache: Path) -> dict[str, Path]:
             if name == "bert":
                 make_bert.write_bert(fresh, make_bert.PRESETS["minilm"])
             else:
-                vocabulary = make_gguf.Vocabulary.read(engine_source(cache) / "models" / "ggml-vocab-qwen2.gguf")
+                vocabulary = make_gguf.Vocabulary.read(llama_source(cache) / "models" / "ggml-vocab-qwen2.gguf")
                 make_gguf.write_model(fresh, make_gguf.PRESETS[name], vocabulary, name=name)
             fresh.rename(file)
     return files
@@ -140,7 +140,7 @@ def machine() -> str:
 
 def versions() -> str:
     """Return the versions of the engine on both sides and of Python."""
-    return f"llama.cpp of llama-cpp-python {engine_version()}, Python {platform.python_version()}"
+    return f"llama.cpp of llama-cpp-python {engine_source.version()}, Python {platform.python_version()}"
 
 
 def merge(found: dict[str, Figures]) -> dict[str, dict[str, Any]]:

@@ -9,8 +9,9 @@ import msgspec
 import pytest
 from llguidance import LLTokenizer
 
+from bench.engine_source import SourceUnavailable
 from lmweb.errors import InvalidRequest, TemplateError
-from tests.chat_templates import TemplatesUnavailable, fetch
+from tests.chat_templates import fetch
 from workers.constraints import ConstraintFactory
 from workers.events import MessageDelta, ReasoningDelta, ToolCallArguments, ToolCallStart
 from workers.parsing.output import OutputParser
@@ -118,7 +119,7 @@ NATIVE = {name: syntax for name, syntax in TEMPLATES.items() if syntax is not fa
 def folder() -> Path:
     try:
         return fetch()
-    except TemplatesUnavailable as error:
+    except SourceUnavailable as error:
         pytest.skip(str(error))
 
 
