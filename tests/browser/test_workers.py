@@ -18,10 +18,10 @@ def confirm(page: Page, button: str, action: str) -> None:
 
 
 def test_cordon_drain_and_back(page: Page, live: Live) -> None:
-    live.manage("load", "lmweb/starter", check=False)
+    live.manage("load", "lmweb/starter", "--identifier", "to-be-drained", check=False)  # on a second try it is there already
     page.goto(f"{live.base_url}/workers/")
     card = page.locator("[data-node='test-node']")
-    expect(card.locator(".identifier", has_text="lmweb/starter")).to_be_visible()
+    expect(card.get_by_text("to-be-drained", exact=True)).to_be_visible()
     card.locator("details.log summary").click()
     try:
         confirm(page, "Cordon test-node", "Cordon")
