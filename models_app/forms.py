@@ -22,6 +22,8 @@ from workers.schemas import KvCacheType, LoadConfig, SamplingParams
 
 ON_OFF: Final = [("on", "On"), ("off", "Off")]
 AUTOMATIC: Final = [("", "Automatic"), *ON_OFF]
+#: Options that are on, off or, where that is offered, automatic.
+SWITCHES: Final = ("flash_attention", "offload_kv_cache_to_gpu", "unified_kv_cache", "prompt_lookup")
 PRECISIONS: Final = [(name, name.upper()) for name in get_args(KvCacheType)]
 
 
@@ -53,7 +55,7 @@ class ConfigForm(ServiceForm):
         min_value=1,
         max_value=256,
         required=False,
-        help_text="They share the context length. More wait in the queue.",
+        help_text="More wait in the queue.",
     )
     flash_attention = forms.ChoiceField(label="Flash attention", choices=AUTOMATIC, required=False)
     eval_batch_size = forms.IntegerField(
@@ -66,6 +68,12 @@ class ConfigForm(ServiceForm):
         label="V cache precision", choices=PRECISIONS, required=False, help_text="Below 16 bits it needs flash attention."
     )
     offload_kv_cache_to_gpu = forms.ChoiceField(label="KV cache on the GPU", choices=ON_OFF, required=False)
+    unified_kv_cache = forms.ChoiceField(
+        label="Unified KV cache",
+        choices=AUTOMATIC,
+        required=False,
+        help_text="On: all answers share one cache. Off: each has its own, which is faster and takes more memory.",
+    )
     num_experts = forms.IntegerField(
         label="Experts per token",
         min_value=1,
@@ -93,7 +101,7 @@ class ConfigForm(ServiceForm):
         config = load_config(model)
         initial = {**msgspec.structs.asdict(LoadConfig()), **msgspec.structs.asdict(config)}
         initial["context_length"] = config.context_length or min(settings.DEFAULT_CONTEXT_LENGTH, model.max_context_length)
-        for name in ("flash_attention", "offload_kv_cache_to_gpu", "prompt_lookup"):
+        for name in SWITCHES:
             initial[name] = {True: "on", False: "off", None: ""}[initial[name]]
         super().__init__(data, initial=initial)
         field = self.fields["context_length"]
@@ -118,7 +126,7 @@ class ConfigForm(ServiceForm):
     def config(self) -> LoadConfig:
         """Return the valid form's values. Raises ``InvalidRequest`` that names the field for what the model cannot have."""
         data = {name: value for name, value in self.cleaned_data.items() if name in ConfigForm.base_fields and value not in {None, ""}}
-        for name in ("flash_attention", "offload_kv_cache_to_gpu", "prompt_lookup"):
+        for name in SWITCHES:
             if name in data:
                 data[name] = data[name] == "on"
         return load_config(

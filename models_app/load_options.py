@@ -24,6 +24,7 @@ def add_config_arguments(parser: CommandParser) -> None:
     parser.add_argument("--k-cache-type", choices=get_args(KvCacheType), help="precision of keys in the cache")
     parser.add_argument("--v-cache-type", choices=get_args(KvCacheType), help="precision of values in the cache")
     parser.add_argument("--kv-cache-on-gpu", choices=["on", "off"], help="whether the GPU's memory holds the cache")
+    parser.add_argument("--unified-kv-cache", choices=["on", "off"], help="one cache for all answers, or one for each, which is faster")
     parser.add_argument("--num-experts", type=whole_number(1, 4096), metavar="N", help="experts that work on a token, of a mixture")
     parser.add_argument("--cpu-threads", type=whole_number(1, 1024), metavar="N", help="threads of the processor")
     parser.add_argument("--draft-model", metavar="KEY", help="a smaller model with the same vocabulary that guesses ahead; none: no")
@@ -38,6 +39,7 @@ def overrides(options: dict[str, Any], model: InstalledModel) -> dict[str, Any]:
     given["prompt_lookup"] = _switch(options["prompt_lookup"])
     given["flash_attention"] = _switch(options["flash_attention"])
     given["offload_kv_cache_to_gpu"] = _switch(options["kv_cache_on_gpu"])
+    given["unified_kv_cache"] = _switch(options["unified_kv_cache"])
     given["gpu_layers"] = None if options["gpu"] is None else gpu_layers(options["gpu"], model)
     return given
 

@@ -15,6 +15,8 @@ from workers.memory import MemoryEstimate, ModelShape, estimate
 from workers.mlx_directory import CONFIG
 from workers.schemas import LoadConfig
 
+#: How a measurement names the choice between one cache and many.
+_CACHES = {None: "", True: " 1", False: " n"}
 #: Weights that llama.cpp copies into another order for the CPU.
 REPACKED_TYPES = frozenset({"Q4_0", "Q4_K", "IQ4_NL"})
 
@@ -43,7 +45,7 @@ def _what_matters(config: LoadConfig) -> dict[str, Any]:
         "context_length": config.context_length,
         "parallel": config.parallel,
         "gpu_layers": config.gpu_layers,
-        "kv_cache": f"{config.k_cache_type}/{config.v_cache_type}",
+        "kv_cache": f"{config.k_cache_type}/{config.v_cache_type}{_CACHES[config.unified_kv_cache]}",
     }
 
 
@@ -74,4 +76,5 @@ def read_shape(file: Path) -> ModelShape:
         vocab_size=model.vocab_size,
         trained_context=model.context_length,
         is_embedding=model.type == "embedding",
+        is_one_cache=any(".ssm." in key or ".wkv." in key for key in header.metadata),  # recurrent, at least in part
     )

@@ -92,6 +92,7 @@ def read_shape(config: Path) -> ModelShape:
         trained_context=model.context_length,
         is_embedding=False,
         cell_bytes=directory.kv_bytes_per_token,
+        is_one_cache=True,
         runtime_bytes=RUNTIME_BYTES + EXTRA_RUNTIME_BYTES,
     )
 

@@ -124,6 +124,7 @@ LOAD: Final[dict[str, tuple[str, Callable[[Any], Any]]]] = {
     "llm.load.contextLength": ("context_length", _plain),
     "llm.load.numExperts": ("num_experts", lambda value: value or None),
     "llm.load.offloadKVCacheToGpu": ("offload_kv_cache_to_gpu", _plain),
+    "llm.load.useUnifiedKvCache": ("unified_kv_cache", _plain),
     "llm.load.numParallelSessions": ("parallel", _plain),
     "llm.load.llama.evalBatchSize": ("eval_batch_size", _plain),
     "llm.load.llama.flashAttention": ("flash_attention", _plain),

@@ -16,6 +16,10 @@ from workers.schemas import LoadConfig
 
 #: KV cells beyond one full context, so that short requests run side by side, cost at most this much memory.
 EXTRA_CELLS_BYTES = 256 * 1024 * 1024
+#: On a CPU each sequence has a KV cache of its own where all of them take at most this, and at most a tenth of the machine's memory:
+#: in a shared one a token's attention passes over the cells of everybody, which costs as much as its own (bench/RESULTS.md).
+OWN_CACHES_BYTES = 2 * 1024**3
+OWN_CACHES_SHARE = 10
 #: Bytes per number of the precisions that keys and values may have, relative to 16 bits (ggml's block formats with their scales).
 KV_FACTORS = {
     "f32": 2.0, "f16": 1.0, "q8_0": 34 / 64, "q5_1": 24 / 64, "q5_0": 22 / 64, "q4_1": 20 / 64, "q4_0": 18 / 64, "iq4_nl": 18 / 64,
@@ -56,7 +60,8 @@ class ModelShape:
 
     ``repacked_bytes`` are weights of which llama.cpp makes a second copy in an order that the CPU likes; ``token_kv_bytes`` is
     what one token's keys and values take in all layers at 16 bits. ``cell_bytes`` is the same where its engine counts cells by it,
-    0 for heads that share the width evenly. ``runtime_bytes`` is a runner without a model.
+    0 for heads that share the width evenly. ``is_one_cache``: its engine, or its kind of memory, knows no KV cache per sequence.
+    ``runtime_bytes`` is a runner without a model.
     """
 
     file_bytes: int
@@ -70,7 +75,16 @@ class ModelShape:
     trained_context: int
     is_embedding: bool
     cell_bytes: int = 0
+    is_one_cache: bool = False
     runtime_bytes: int = RUNTIME_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """The KV cells (tokens) of a loaded model in all: shared by its sequences if ``is_unified``, else an equal part for each."""
+
+    cells: int
+    is_unified: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +120,20 @@ def kv_cells(context_length: int, parallel: int, bytes_per_token: int) -> int:
     """Return the KV cells (tokens) that ``parallel`` sequences of at most ``context_length`` tokens share."""
     extra = EXTRA_CELLS_BYTES // max(1, bytes_per_token)
     cells = max(context_length, min(parallel * context_length, extra))
+    return _whole_blocks(cells)
+
+
+def kv_layout(config: LoadConfig, context_length: int, bytes_per_token: int, *, on_gpu: bool) -> KvLayout:
+    """Return the cells of a load whose engine can give each sequence a KV cache of its own."""
+    own = config.parallel * _whole_blocks(context_length)
+    unified = config.unified_kv_cache
+    if unified is None:
+        limit = min(OWN_CACHES_BYTES, machine_memory()[1] // OWN_CACHES_SHARE)
+        unified = on_gpu or own * bytes_per_token > limit
+    return KvLayout(kv_cells(context_length, config.parallel, bytes_per_token) if unified else own, unified)
+
+
+def _whole_blocks(cells: int) -> int:
     return -(-cells // 256) * 256
 
 
@@ -121,14 +149,13 @@ def estimate(shape: ModelShape, config: LoadConfig, *, measured_bytes: int | Non
     """
     share = gpu_share(shape, config) if on_gpu else 0.0
     if shape.is_embedding:
-        cells, batch, outputs = 0, EMBEDDING_BATCH_TOKENS, EMBEDDING_BATCH_TOKENS
+        cells, in_sight, batch, outputs = 0, 0, EMBEDDING_BATCH_TOKENS, EMBEDDING_BATCH_TOKENS
     else:
-        context = min(config.context_length or shape.trained_context, shape.trained_context)
-        cell_bytes = shape.cell_bytes or kv_bytes_per_token(shape.layers, shape.width, shape.heads, shape.heads_kv)
-        cells = kv_cells(context, config.parallel, cell_bytes)
+        layout = _layout(shape, config, on_gpu=bool(share))
+        cells, in_sight = layout.cells, layout.cells if layout.is_unified else layout.cells // config.parallel
         batch, outputs = max(config.eval_batch_size, config.parallel), logits_rows(config)
     kv = int(cells * shape.token_kv_bytes * (KV_FACTORS[config.k_cache_type] + KV_FACTORS[config.v_cache_type]) / 2)
-    compute = 4 * (batch * COMPUTE_WIDTHS * shape.width + batch * cells + outputs * shape.vocab_size)
+    compute = 4 * (batch * COMPUTE_WIDTHS * shape.width + batch * in_sight + outputs * shape.vocab_size)
     on_gpu_bytes = shape.file_bytes + (kv if config.offload_kv_cache_to_gpu else 0)
     return MemoryEstimate(
         weights_bytes=shape.file_bytes,
@@ -139,6 +166,14 @@ def estimate(shape: ModelShape, config: LoadConfig, *, measured_bytes: int | Non
         gpu_bytes=int(share * on_gpu_bytes) + (compute if share else 0),
         runtime_bytes=shape.runtime_bytes,
     )
+
+
+def _layout(shape: ModelShape, config: LoadConfig, *, on_gpu: bool) -> KvLayout:
+    context = min(config.context_length or shape.trained_context, shape.trained_context)
+    cell_bytes = shape.cell_bytes or kv_bytes_per_token(shape.layers, shape.width, shape.heads, shape.heads_kv)
+    if shape.is_one_cache:
+        return KvLayout(kv_cells(context, config.parallel, cell_bytes), is_unified=True)
+    return kv_layout(config, context, cell_bytes, on_gpu=on_gpu)
 
 
 def gpu_share(shape: ModelShape, config: LoadConfig) -> float:

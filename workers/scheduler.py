@@ -192,6 +192,12 @@ class Scheduler:
             heir.lender, heir.borrowed = slot.lender, min(heir.borrowed, slot.borrowed)
         slot.sequence, slot.tokens, slot.n_kv, slot.borrowed, slot.lender = None, [], 0, 0, None
 
+    def gap(self) -> tuple[Slot, Slot] | None:
+        """Return the last busy slot and the first free one, if the free one comes before it."""
+        free = next((slot for slot in self.slots if slot.sequence is None), None)
+        last = next((slot for slot in reversed(self.slots) if slot.sequence is not None), None)
+        return (last, free) if free is not None and last is not None and free.id < last.id else None
+
     def overdue(self) -> Slot | None:
         """Return the slot that has to make room, when somebody who has less than their share finds no slot or no cells."""
         if not self.waiting:

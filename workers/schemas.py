@@ -171,8 +171,10 @@ AnyRequest = GenerationRequest | EmbeddingRequest
 class LoadConfig(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """How a model is loaded. Names as in LM Studio's REST v1 ``models/load``.
 
-    ``context_length`` is in tokens, shared by all ``parallel`` sequences; None takes the model's own, up to the
-    installation's default. ``eval_batch_size`` is the number of prompt tokens per step at most. ``gpu_layers`` -1 means all.
+    ``context_length`` is in tokens, for each of the ``parallel`` sequences at most; None takes the model's own, up to the
+    installation's default. With a ``unified_kv_cache`` they share about one such context; without, each has its own, which takes
+    ``parallel`` times the memory, and nobody's attention passes over the others' tokens; None: own ones where they are small
+    (``workers.memory.kv_layout``). ``eval_batch_size`` is the number of prompt tokens per step at most. ``gpu_layers`` -1 means all.
     ``cpu_threads`` 0 means the installation's default. ``num_experts`` is how many experts of a mixture work on a token; None is
     the model's own number. ``k_cache_type`` and ``v_cache_type`` are the precisions of keys and values; values below 16 bits need
     ``flash_attention``. ``offload_kv_cache_to_gpu`` has no effect without a GPU.
@@ -188,6 +190,7 @@ class LoadConfig(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     cpu_threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     num_experts: Annotated[int, Meta(ge=1, le=4096)] | None = None
     offload_kv_cache_to_gpu: bool = True
+    unified_kv_cache: bool | None = None
     k_cache_type: KvCacheType = "f16"
     v_cache_type: KvCacheType = "f16"
     draft_model: Annotated[str, Meta(max_length=512)] = ""

@@ -29,9 +29,10 @@ def micro(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return micro_for(kind, tmp_path_factory.mktemp("engine"))
 
 
-@pytest.fixture
-def engine(kind: str, micro: Path) -> Iterator[Engine]:
-    engine = open_engine(kind, micro, context_length=1024, parallel=8)
+@pytest.fixture(params=[None, True], ids=["", "unified"])
+def engine(kind: str, micro: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Return an engine whose sequences have caches of their own where it can, and one whose sequences share."""
+    engine = open_engine(kind, micro, context_length=1024, parallel=8, unified_kv_cache=request.param)
     yield engine
     engine.close()
 
@@ -113,7 +114,7 @@ def test_a_short_prompt_overtakes_a_long_one(kind: str, micro: Path) -> None:
 def test_a_full_cache_preempts_and_loses_nothing(kind: str, micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.memory.EXTRA_CELLS_BYTES", 0)
     monkeypatch.setattr("workers.scheduler.RESERVED_OUTPUT", 0)  # admit too many on purpose
-    engine = open_engine(kind, micro, context_length=256, parallel=4)
+    engine = open_engine(kind, micro, context_length=256, parallel=4, unified_kv_cache=True)
     texts = [f"{word} " * 40 for word in WORDS[:4]]
     items = [sequence(engine, str(i), text, limit=60) for i, text in enumerate(texts)]
     outputs = finish(engine, *items)
@@ -182,7 +183,7 @@ def test_a_window_that_moves_on_shows_the_model_what_it_should(engine: Engine, k
 def test_who_had_to_go_comes_back_when_the_others_are_cancelled(kind: str, micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.memory.EXTRA_CELLS_BYTES", 0)
     monkeypatch.setattr("workers.scheduler.RESERVED_OUTPUT", 0)
-    engine = open_engine(kind, micro, context_length=256, parallel=2)
+    engine = open_engine(kind, micro, context_length=256, parallel=2, unified_kv_cache=True)
     first, second = (sequence(engine, str(i), " ".join(WORDS[i : i + 12]), limit=150) for i in range(2))
     engine.add(first)
     engine.add(second)
@@ -199,7 +200,7 @@ def test_a_sequence_that_just_had_to_go_does_not_come_back_before_others_got_fur
 ) -> None:
     monkeypatch.setattr("workers.memory.EXTRA_CELLS_BYTES", 0)
     monkeypatch.setattr("workers.scheduler.RESERVED_OUTPUT", 0)
-    engine = open_engine(kind, micro, context_length=256, parallel=4)
+    engine = open_engine(kind, micro, context_length=256, parallel=4, unified_kv_cache=True)
     items = [sequence(engine, str(i), " ".join(WORDS[i : i + 12]), limit=100) for i in range(4)]
     for item in items:
         engine.add(item)

@@ -71,6 +71,40 @@ def test_whoever_had_to_go_comes_back_when_those_who_stayed_are_cancelled(micro:
     engine.close()
 
 
+def test_with_caches_of_their_own_no_free_slot_lies_between_busy_ones(micro: Path) -> None:
+    """llama.cpp computes neighbours in one go, and whatever comes after a gap in another one."""
+    engine = open_engine(micro, context_length=1024, parallel=8)
+    items = [sequence(engine, str(i), f"{word} " * 40, limit=30) for i, word in enumerate(WORDS[:6])]
+    for item in items:
+        engine.add(item)
+    while not items[-1].output:
+        step(engine)
+    for name in "024":
+        engine.remove(name)
+    step(engine)
+    assert [slot.id for slot in engine.scheduler.running] == [0, 1, 2]
+    finish(engine)
+    assert [item.output for item in items[1::2]] == [alone(micro, f"{word} " * 40, limit=30) for word in WORDS[1:6:2]]
+    engine.close()
+
+
+def test_who_takes_over_a_neighbours_prefix_has_cells_of_its_own(micro: Path) -> None:
+    engine = open_engine(micro, context_length=1024, parallel=4)
+    text = " ".join(WORDS * 4)
+    first = sequence(engine, "first", f"{text} time", limit=200)
+    engine.add(first)
+    while not first.output:
+        step(engine)
+    second = sequence(engine, "second", f"{text} year", limit=20)
+    engine.add(second)
+    step(engine)
+    assert second.cached >= len(second.prompt) - 8
+    engine.remove("first")
+    finish(engine)
+    assert second.output == alone(micro, f"{text} year", limit=20)
+    engine.close()
+
+
 def test_dry_breaks_a_repeated_passage(engine: LlamaEngine) -> None:
     outputs = []
     for multiplier in (0.0, 80.0):

@@ -76,6 +76,19 @@ def test_the_engine_has_as_many_cells_as_were_estimated(tmp_path: Path, context:
     engine.close()
 
 
+def test_every_sequence_has_a_cache_of_its_own_where_that_takes_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = 12_288, 131_072  # bytes per token
+    config = LoadConfig(parallel=16)
+    monkeypatch.setattr("workers.memory.machine_memory", lambda: (0, 64 * 1024**3))
+    assert memory.kv_layout(config, 8000, small, on_gpu=False) == memory.KvLayout(16 * 8192, is_unified=False)
+    assert memory.kv_layout(config, 8000, large, on_gpu=False).is_unified
+    assert memory.kv_layout(config, 8000, small, on_gpu=True).is_unified
+    assert not memory.kv_layout(msgspec.structs.replace(config, unified_kv_cache=False), 8000, large, on_gpu=True).is_unified
+    assert memory.kv_layout(msgspec.structs.replace(config, unified_kv_cache=True), 8000, small, on_gpu=False).cells == 22_016
+    monkeypatch.setattr("workers.memory.machine_memory", lambda: (0, 8 * 1024**3))
+    assert memory.kv_layout(config, 8000, small, on_gpu=False).is_unified, "a tenth of a small machine is less"
+
+
 @pytest.mark.parametrize(("level", "reserved"), [("off", 0), ("relaxed", 0), ("balanced", 50), ("strict", 150)])
 def test_levels(level: str, reserved: int) -> None:
     assert memory.reserve(Guardrail(level), 1000) == reserved

@@ -152,12 +152,14 @@ class Story:
         self.files = files
         self.random = Random(seed)
         self.lookup = seed % 2 == 1
+        self.unified = seed % 3 != 0
         self.answers: dict[str, Answer] = {}
         self.steps = self.crashes = self.cancelled = 0
         self.start()
 
     def start(self) -> None:
-        engine = open_engine(self.files[0], context_length=CONTEXT, parallel=5, eval_batch_size=64, prompt_lookup=self.lookup, **EXACT)
+        options = {"prompt_lookup": self.lookup, "unified_kv_cache": self.unified, **EXACT}
+        engine = open_engine(self.files[0], context_length=CONTEXT, parallel=5, eval_batch_size=64, **options)
         self.engine, self.runner = engine, Runner(engine, StepLog(""))
 
     def running(self) -> list[str]:
@@ -292,7 +294,7 @@ def happened() -> Iterator[Counter[str]]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_preempt", "_slide", "_restore", "_check"):
+        for name in ("_preempt", "_slide", "_restore", "_check", "_move"):
             patch.setattr(LlamaEngine, name, counted(name, getattr(LlamaEngine, name)))
         patch.setattr(Context, "copy", counted("copy", Context.copy))
         yield counts
@@ -321,4 +323,6 @@ def test_everything_says_what_it_says_alone(
 
 def test_the_stories_were_not_dull(happened: Counter[str]) -> None:
     if happened["stories"] == len(STORIES):  # not if somebody runs one of them alone
-        assert min(happened[name] for name in ("_preempt", "_slide", "_restore", "_check", "copy", "crashes", "cancelled")) > 5, happened
+        assert min(happened[name] for name in ("_preempt", "_slide", "_restore", "_check", "_move", "copy", "crashes", "cancelled")) > 5, (
+            happened
+        )

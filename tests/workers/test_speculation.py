@@ -147,7 +147,7 @@ def test_a_long_prompt_reaches_the_draft_in_parts(engine: LlamaEngine, micro: Pa
 def test_a_preempted_sequence_goes_on_with_guesses(micro: Path, monkeypatch: pytest.MonkeyPatch, engine: LlamaEngine) -> None:
     monkeypatch.setattr("workers.memory.EXTRA_CELLS_BYTES", 0)
     monkeypatch.setattr("workers.scheduler.RESERVED_OUTPUT", 0)
-    small = open_engine(micro, context_length=256, parallel=4, prompt_lookup=True)
+    small = open_engine(micro, context_length=256, parallel=4, prompt_lookup=True, unified_kv_cache=True)
     items = [sequence(small, str(i), f"{word} " * 40, limit=60, sampling=RANDOM) for i, word in enumerate(WORDS[:4])]
     assert finish(small, *items) == [alone(micro, f"{word} " * 40, limit=60, sampling=RANDOM) for word in WORDS[:4]]
     assert sum(item.drafts.accepted for item in items) > 0

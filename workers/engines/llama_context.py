@@ -182,12 +182,16 @@ class KvCache:
 
 @dataclass(frozen=True, slots=True)
 class ContextSize:
-    """How much a context holds: ``cells`` (tokens) in ``parallel`` sequences, ``batch_tokens`` per step, ``outputs`` of them with a result."""
+    """How much a context holds: ``cells`` (tokens) in ``parallel`` sequences, ``batch_tokens`` per step, ``outputs`` of them with a result.
+
+    Without ``is_unified`` each sequence has an equal part of the cells for itself.
+    """
 
     cells: int
     parallel: int
     batch_tokens: int
     outputs: int
+    is_unified: bool = True
 
 
 class Context:
@@ -214,7 +218,7 @@ class Context:
         if pooling is not None:
             params.embeddings, params.pooling_type = True, pooling
         params.n_threads = params.n_threads_batch = threads
-        params.kv_unified, params.swa_full, params.no_perf = True, True, True
+        params.kv_unified, params.swa_full, params.no_perf = size.is_unified, True, True
         if kv is not None:
             params.type_k, params.type_v, params.offload_kqv = KV_TYPES[kv.keys], KV_TYPES[kv.values], kv.on_gpu
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
@@ -222,6 +226,7 @@ class Context:
         self.handle = C.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise ModelLoadFailed(f"llama.cpp could not create a context of {size.cells} tokens: {_log.reason()}")
+        self.is_unified = size.is_unified
         self._vocab_size, self._width = model.vocab_size, model.width
         self._memory = C.llama_get_memory(self.handle)
         self.tokens = np.zeros(size.batch_tokens, np.int32)
@@ -282,7 +287,7 @@ class Context:
             C.llama_memory_clear(self._memory, False)
 
     def copy(self, source: int, target: int, n: int) -> None:
-        """Let ``target`` share the first ``n`` cells of ``source``."""
+        """Let ``target`` share the first ``n`` cells of ``source``, in a unified cache."""
         C.llama_memory_seq_cp(self._memory, source, target, 0, n)
 
     def cut(self, sequence: int, start: int) -> bool:

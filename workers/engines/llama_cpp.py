@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from lmweb.errors import InvalidRequest
 from workers.constraints import ConstraintFactory
 from workers.engines.base import Engine, EngineInfo, Logprob, Sequence, StepResult, TokenTaker
@@ -17,7 +19,7 @@ from workers.engines.llama_embedding import LlamaEmbedder, LlamaEmbeddingEngine,
 from workers.engines.pace import Pace
 from workers.engines.sampling import Row, TokenSampler, likeliest, log_probabilities, make_dry
 from workers.engines.speculation import Guesses, Speculation
-from workers.memory import kv_cells, logits_rows
+from workers.memory import kv_layout, logits_rows
 from workers.parsing.visible import VISIBLE_SPECIALS
 from workers.scheduler import CPU_TILE, Admission, Chunk, Scheduler, Slot
 from workers.schemas import LoadConfig
@@ -112,6 +114,7 @@ class LlamaEngine:
         """Admit what fits, compute one batch and sample."""
         if not self._crowded or not self.scheduler.running:  # else whoever just had to go would come back before anybody got further
             self._admit_waiting()
+        self._close_gaps()
         decoding, chunks = self.scheduler.plan(self._pace.budget())
         started = time.perf_counter()
         guesses = self._guess(decoding, chunks)
@@ -175,10 +178,10 @@ class LlamaEngine:
     def _admit(self, admission: Admission) -> None:
         """Give a sequence its slot with the longest prefix at hand: a running neighbour's cells, or a parked state."""
         slot, sequence, n_kv, lender = admission.slot, admission.sequence, 0, None
-        parked = self.park.find(sequence, whole=not self.model.can_cut)
-        if parked and parked[1] > admission.n_shared:
+        parked = self._find_parked(sequence, admission)
+        if parked and parked[1] > (admission.n_shared if self.context.is_unified else 0):
             n_kv = self._restore(slot, parked[0], self._worth_keeping(sequence, parked[1]))
-        if not n_kv and admission.source is not None and admission.n_shared:
+        if not n_kv and admission.source is not None and admission.n_shared and self.context.is_unified:
             n_kv, lender = self._worth_keeping(sequence, admission.n_shared), admission.source
             self.context.copy(lender.id, slot.id, n_kv)
         if sequence.id not in self._samplers:  # not one that was preempted: its prompt was counted before
@@ -190,6 +193,14 @@ class LlamaEngine:
             self._samplers[sequence.id] = TokenSampler(
                 sequence.sampling, self.model.vocab_size, history, drawn=len(sequence.output), dry=dry
             )
+
+    def _find_parked(self, sequence: Sequence, admission: Admission) -> tuple[Parked, int] | None:
+        """Return the parked state with the longest usable prefix; a neighbour with caches of their own parks one for the newcomer."""
+        parked = self.park.find(sequence, whole=not self.model.can_cut)
+        if admission.source is not None and not self.context.is_unified and admission.n_shared > (parked[1] if parked else 0):
+            self._park(admission.source)
+            parked = self.park.find(sequence, whole=False)
+        return parked
 
     def _worth_keeping(self, sequence: Sequence, n: int) -> int:
         """Return how many of ``n`` cached tokens to use: on a CPU a whole tile of a long prompt takes less time than most of one."""
@@ -209,11 +220,29 @@ class LlamaEngine:
 
     def _vacate(self, slot: Slot) -> None:
         """Park what a slot has computed, and free it."""
+        self._park(slot)
+        self.context.clear(slot.id)
+        self.scheduler.release(slot)
+
+    def _park(self, slot: Slot) -> None:
         sequence = slot.sequence
         if sequence is not None and slot.n_kv >= MIN_TOKENS:
             self.park.add(Parked(slot.tokens[: slot.n_kv], sequence.owner, sequence.shared_prefix, self.context.save(slot.id)))
-        self.context.clear(slot.id)
-        self.scheduler.release(slot)
+
+    def _close_gaps(self) -> None:
+        """Move sequences to lower slots until no free one lies between them: llama.cpp computes neighbours only in one go.
+
+        In a unified cache it computes all in one go, wherever they are.
+        """
+        while not self.context.is_unified and (move := self.scheduler.gap()) is not None:
+            self._move(*move)
+
+    def _move(self, source: Slot, target: Slot) -> None:
+        sequence, n_kv, data = source.sequence, source.n_kv, self.context.save(source.id)
+        assert sequence is not None
+        self.context.clear(source.id)
+        self.scheduler.release(source)
+        self.scheduler.occupy(target, sequence, n_kv if self.context.restore(target.id, data) else 0)
 
     def _guess(self, decoding: list[Slot], chunks: list[Chunk]) -> dict[int, Guesses]:
         """Return guesses at what the decoding slots will say, if they are likely to pay."""
@@ -340,11 +369,13 @@ def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) ->
 
     if declared_pooling(model) is not None:
         return _embedding_engine(model, make_embedder(), config)
-    cells = kv_cells(context_length, config.parallel, model.kv_bytes_per_token())
+    if not model.can_cut:  # what is not made of cells is kept by sequence anyway
+        config = replace(config, unified_kv_cache=True)
+    layout = kv_layout(config, context_length, model.kv_bytes_per_token(), on_gpu=on_gpu)
     batch_tokens = max(config.eval_batch_size, config.parallel)
     context = Context(
         model,
-        size=ContextSize(cells, config.parallel, batch_tokens, outputs=logits_rows(config)),
+        size=ContextSize(layout.cells, config.parallel, batch_tokens, logits_rows(config), layout.is_unified),
         threads=threads,
         flash_attention=config.flash_attention,
         kv=KvCache(config.k_cache_type, config.v_cache_type, config.offload_kv_cache_to_gpu),
@@ -354,7 +385,7 @@ def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) ->
         return _embedding_engine(model, make_embedder(), config)
     info = EngineInfo(
         context_length=context_length,
-        cells=cells,
+        cells=layout.cells,
         parallel=config.parallel,
         vocab_size=model.vocab_size,
         weights_bytes=model.size_bytes,
@@ -363,7 +394,7 @@ def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) ->
         bos_text=model.token_text(C.llama_vocab_bos(model.vocab)),
         eos_text=model.token_text(C.llama_vocab_eos(model.vocab)),
     )
-    scheduler = Scheduler(slots=config.parallel, cells=cells, batch_tokens=batch_tokens, can_share=model.can_cut, on_cpu=not on_gpu)
+    scheduler = Scheduler(slots=config.parallel, cells=layout.cells, batch_tokens=batch_tokens, can_share=model.can_cut, on_cpu=not on_gpu)
     speculation = Speculation(lookup=config.prompt_lookup and model.can_cut)
     return LlamaEngine(model, context, info, scheduler, KvPark(park_bytes()), logits_rows(config), speculation, make_embedder, make_draft)
 
