@@ -46,13 +46,13 @@ class LimitedRequest(daphne.http_protocol.WebRequest):
         self.stop_timer()
         return None if self.refused else super().process()
 
-    def write(self, data: bytes) -> None:
+    def handle_reply(self, message: dict[str, Any]) -> None:
         """Send now what Twisted would send in the next turn of its loop: between two turns other requests are handled.
 
         Whatever does not go out at once, also because of an error, is left to that turn.
         """
-        super().write(data)
-        transport = self.channel.transport
+        super().handle_reply(message)
+        transport = self.channel.transport if self.channel else None
         if isinstance(transport, Connection) and transport.connected:
             transport.doWrite()  # type: ignore[no-untyped-call]
 

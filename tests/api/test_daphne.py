@@ -126,3 +126,44 @@ def _wait_for(find: object) -> Generation:
             return found
         time.sleep(0.02)
     raise AssertionError("did not happen")
+
+
+BUSY = """
+import time
+from lmweb import daphne_limits
+
+daphne_limits.install()
+
+async def application(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"first", "more_body": True})
+    time.sleep(3)
+    await send({"type": "http.response.body", "body": b"last"})
+"""
+
+
+def test_what_is_sent_goes_out_before_the_loop_does_anything_else(tmp_path: Path) -> None:
+    (tmp_path / "busy.py").write_text(BUSY)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    command = [sys.executable, "-m", "daphne", "-v", "0", "-e", f"tcp:{number}:interface=127.0.0.1", "busy:application"]
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[2])])
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path)
+    try:
+        while True:
+            try:
+                client = connect(number)
+                break
+            except OSError:
+                assert process.poll() is None
+                time.sleep(0.05)
+        with client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = b""
+            while b"first" not in received:
+                received += client.recv(1000)
+            assert b"last" not in received
+    finally:
+        process.kill()
+        process.wait(10)
