@@ -4,7 +4,7 @@
 
 Discrete events, no clock: arrivals are drawn from a seed, and the same ones meet every policy. The router is the product's
 (``workers.router``), with the second that a look at the nodes holds; so are the choice of who leaves memory
-(``workers.memory.leavers_for_request``), the turns (``workers.runners.Policy``) and the order of people (``workers.fairness``).
+(``workers.memory.leavers_for_request``), the turns (``workers.policy.Policy``) and the order of people (``workers.fairness``).
 What is simulated is what the product would wait for: loads, prompts, tokens. ``--write`` replaces the section in bench/RESULTS.md.
 """
 
@@ -28,8 +28,9 @@ sys.path.insert(0, str(REPOSITORY))
 from bench.startup import write  # noqa: E402
 from workers import router  # noqa: E402
 from workers.fairness import FairShare  # noqa: E402
+from workers.loader import GRACE_SECONDS, MOVE_SECONDS  # noqa: E402
 from workers.memory import AutoEvict, Resident, leavers_for_request  # noqa: E402
-from workers.runners import GRACE_SECONDS, MOVE_SECONDS, Policy  # noqa: E402
+from workers.policy import Policy  # noqa: E402
 
 HEADING = "## A simulated day: 1,000 users, 20 nodes, 30 models"
 GB = 1000**3
@@ -101,7 +102,7 @@ class Replica:
 
 @dataclass(eq=False)
 class Machine:
-    """A node: what ``workers.host`` and ``workers.runners`` would do, on simulated time."""
+    """A node: what ``workers.host`` and ``workers.loader`` would do, on simulated time."""
 
     name: str
     memory: int

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 from django.db import Error as DatabaseError
 
+from lmweb.db import in_short, try_to_store
 from workers.events import (
     AnyEvent,
     ChatStart,
@@ -27,11 +28,13 @@ from workers.events import (
     Stats,
 )
 from workers.fairness import Hold, PersonalLimits
+from workers.loader import Loader
+from workers.policy import Policy
 from workers.protocol import Embed, Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
 from workers.recent_log import RecentLog
 from workers.relay import Live, StreamWriter, end_events, interrupted
 from workers.runner_process import RunnerProcess
-from workers.runners import Policy, Runners
+from workers.runners import Runners
 from workers.schemas import EmbeddingRequest, GenerationRequest
 from workers.store import Claim, Instance, NodeState, Outcome, Progress, Store
 
@@ -49,7 +52,7 @@ ARRIVAL_SECONDS = 2.0
 
 
 class Host:
-    """See the module; ``complete_config`` and ``policy`` are those of ``Runners``, whose ``Listener`` this is.
+    """See the module; ``complete_config`` is that of ``Loader``, whose ``Listener`` this is.
 
     ``on_removed`` is called when the installation does not know this node any more.
     """
@@ -69,9 +72,8 @@ class Host:
         self._on_removed = on_removed
         self._recent_log = RecentLog()
         self._state = NodeState.ACTIVE
-        self.runners = Runners(
-            store=store, logs=logs, step_log=step_log, complete_config=complete_config, policy=policy or Policy(), listener=self
-        )
+        self.runners = Runners(store=store, policy=policy or Policy())
+        self.loader = Loader(self.runners, store=store, logs=logs, step_log=step_log, complete_config=complete_config, listener=self)
         self._writer = StreamWriter(redis_url)
         self._lock = self.runners.lock
         self._lives: dict[str, Live] = {}
@@ -92,7 +94,7 @@ class Host:
         self._register()
         threading.Thread(target=self._save_loop, name="saver", daemon=True).start()
         threading.Thread(target=self._keep_loop, name="keeper", daemon=True).start()
-        self.runners.start()
+        self.loader.start()
         threading.Thread(target=self._arrival_loop, name="arrivals", daemon=True).start()
 
     def _register(self) -> None:
@@ -100,7 +102,7 @@ class Host:
             try:
                 self.store.register()
             except DatabaseError as error:
-                logger.warning("PostgreSQL is away, this node registers when it is back: %s", str(error).strip().splitlines()[0])
+                logger.warning("PostgreSQL is away, this node registers when it is back: %s", in_short(error))
                 self._stopping.wait(DATABASE_RETRY_SECONDS)
             else:
                 return
@@ -130,7 +132,7 @@ class Host:
                 return
             live.cancelled = True
             runner = self.runners.of(generation_id)
-            self.runners.withdraw(live)
+            self.loader.withdraw(live)
         if runner is not None:
             runner.cancel(generation_id)
         else:
@@ -138,17 +140,18 @@ class Host:
 
     def load(self, instance_id: int) -> None:
         """Load a model that a person asked for; its row tells how that goes."""
-        self.runners.load(instance_id)
+        self.loader.load(instance_id)
 
     def unload(self, instance_id: int) -> None:
         """End a runner and delete its row once its memory is free. What it was generating ends there, its text is kept."""
-        self.runners.unload(instance_id)
+        self.loader.unload(instance_id)
 
     def stop(self) -> None:
         """End all runners and give unfinished generations back to the queue, so that the next worker goes on with them."""
         self._stopping.set()
         logging.getLogger().removeHandler(self._recent_log)
         self._wake_saver.set()
+        self.loader.stop()
         self.runners.stop()
         with self._lock:
             unfinished = [live for live in self._lives.values() if not live.ended]
@@ -209,7 +212,7 @@ class Host:
                 self.on_assigned(runner, live)
             else:
                 live.started_at = time.monotonic()
-                self.runners.want(live)
+                self.loader.want(live)
 
     def on_assigned(self, runner: RunnerProcess, live: Live) -> None:
         """Submit a generation to a model that is ready, or let it wait for the end of its load."""
@@ -247,7 +250,7 @@ class Host:
         try:
             given = self.store.hand_over(progress, at_once=at_once, or_wait=or_wait)
         except DatabaseError as error:
-            logger.warning("%s cannot go to another node, PostgreSQL is away: %s", live.id, str(error).strip().splitlines()[0])
+            logger.warning("%s cannot go to another node, PostgreSQL is away: %s", live.id, in_short(error))
             return False
         if given:
             self._forget(live)
@@ -318,7 +321,7 @@ class Host:
             runner.last_used_at = now
             self._on_ended(live, output)
         if ended and not running:
-            self.runners.has_news()
+            self.loader.has_news()
 
     def _on_ended(self, live: Live, output: Output) -> None:
         assert output.stats is not None
@@ -333,7 +336,7 @@ class Host:
             waiting = list(runner.waiting)
         for live in waiting:
             self._publish(live, [ModelLoadProgress(model_instance_id=runner.identifier, progress=progress)])
-        self._try_store(lambda: self.store.instance_loading(runner.instance.id, progress))
+        try_to_store(lambda: self.store.instance_loading(runner.instance.id, progress))
 
     def _on_loaded(self, runner: RunnerProcess, loaded: Loaded) -> None:
         seconds = time.monotonic() - runner.started_at
@@ -350,25 +353,25 @@ class Host:
             runner.instance.config, context_length=loaded.context_length, parallel=loaded.parallel, eval_batch_size=loaded.eval_batch_size
         )
         memory = runner.memory_bytes()
-        self._try_store(lambda: self.store.instance_ready(runner.instance.id, config=config, memory_bytes=memory, load_seconds=seconds))
+        try_to_store(lambda: self.store.instance_ready(runner.instance.id, config=config, memory_bytes=memory, load_seconds=seconds))
 
     def on_exit(self, runner: RunnerProcess) -> None:
         """Clean up after a runner: waiting generations fail with the reason of the load, running ones go on elsewhere."""
         pk = runner.instance.id
         with self._lock:
-            self.runners.ended(runner)
+            self.loader.ended(runner)
             waiting, running = runner.waiting, list(runner.running.values())
             runner.waiting, runner.running = [], {}
         if self._stopping.is_set():
-            self._try_store(lambda: self.store.instance_gone(pk))
+            try_to_store(lambda: self.store.instance_gone(pk))
             return
         if not runner.ready and not runner.stopping:
             reason = runner.load_failure()
-            self._try_store(lambda: self.store.instance_failed(pk, reason))
+            try_to_store(lambda: self.store.instance_failed(pk, reason))
             for live in waiting:
                 self._fail(live, ErrorInfo(code="model_load_failed", message=reason))
         else:
-            self._try_store(lambda: self.store.instance_gone(pk))
+            try_to_store(lambda: self.store.instance_gone(pk))
             for live in waiting:
                 self._place(live)
         if running:
@@ -435,7 +438,7 @@ class Host:
             try:
                 self._take_up_arrivals()
             except DatabaseError as error:
-                logger.warning("PostgreSQL is away, nothing new can arrive: %s", str(error).strip().splitlines()[0])
+                logger.warning("PostgreSQL is away, nothing new can arrive: %s", in_short(error))
                 self._stopping.wait(DATABASE_RETRY_SECONDS)
 
     def _take_up_arrivals(self) -> None:
@@ -458,7 +461,7 @@ class Host:
                     saved_at = time.monotonic()
                     self._save_running()
             except DatabaseError as error:
-                logger.warning("PostgreSQL is away, texts are kept until it is back: %s", str(error).strip().splitlines()[0])
+                logger.warning("PostgreSQL is away, texts are kept until it is back: %s", in_short(error))
                 self._stopping.wait(0.5)
                 self._wake_saver.set()
 
@@ -506,7 +509,7 @@ class Host:
             self._lives.pop(live.id, None)
             self._leave(live)
             runner = self.runners.of(live.id)
-            self.runners.withdraw(live)
+            self.loader.withdraw(live)
             if runner is not None:
                 del runner.running[live.id]
         if runner is not None:
@@ -523,8 +526,8 @@ class Host:
                 self._tell_held()
             if time.monotonic() - beat_at >= HEARTBEAT_SECONDS:
                 beat_at = time.monotonic()
-                self._try_store(self._beat)
-                self._try_store(self.runners.unload_idle)
+                try_to_store(self._beat)
+                try_to_store(self.runners.unload_idle)
 
     def _beat(self) -> None:
         """Send the heartbeat, and act on what comes back: what an admin lets this node do."""
@@ -537,7 +540,7 @@ class Host:
         if state is not self._state:
             logger.info("This node is %s now.", state)
             self._state = state
-        self.runners.may_load = state is NodeState.ACTIVE
+        self.loader.may_load = state is NodeState.ACTIVE
         if state is NodeState.DRAINING:
             self._drain()
 
@@ -547,7 +550,7 @@ class Host:
             begun = {generation_id for runner in self.runners.by_id.values() for generation_id in runner.running}
             waiting = [live for live in self._lives.values() if not live.ended and live.id not in begun]
             for live in waiting:
-                self.runners.withdraw(live)
+                self.loader.withdraw(live)
         for live in waiting:
             self.on_turned_away(live)
         self.runners.unload_free()
@@ -562,11 +565,3 @@ class Host:
                 for live in lives:
                     if live.ended and live.id not in ending:
                         self._lives.pop(live.id, None)
-
-    @staticmethod
-    def _try_store(action: Callable[[], object]) -> None:
-        """Do something that the database should know but that must not stop tokens when it is away."""
-        try:
-            action()
-        except DatabaseError as error:
-            logger.warning("PostgreSQL is away: %s", str(error).strip().splitlines()[0])
