@@ -158,7 +158,7 @@ def test_the_reaper_does_not_wait_for_the_leases_of_a_dead_node(start: Callable[
     counted = " ".join(map(str, range(1, 150)))  # the only text that is allowed: what is lost or doubled would show
     cut = ask(a, model, "to be", output_format=OutputFormat(kind="regex", value=counted))
     wait_for(lambda: len(a.text(cut)) > 50)
-    a.host._stopping.set()  # as a dead one, it neither saves nor beats nor gives anything back
+    a.host.stopping.set()  # as a dead one, it neither saves nor beats nor gives anything back
     a.host.loader.stop()
     a.host.runners.stop()
     b = start("b")
