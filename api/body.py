@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
@@ -20,17 +21,23 @@ _FIELD = re.compile(r"^Object (?P<fault>missing required|contains unknown) field
 
 def decode(request: HttpRequest, kind: type[T]) -> T:
     """Return the JSON body as a struct. Raises ``InvalidRequest`` that names the field at fault."""
+    return parse(json_body(request), lambda body: decode_json(body, kind), _in_words)
+
+
+def parse(body: bytes, decoder: Callable[[bytes], T], in_words: Callable[[msgspec.ValidationError], InvalidRequest]) -> T:
+    """Return what ``decoder`` makes of a body. Raises ``InvalidRequest``, in a dialect's own words where a field is at fault."""
     try:
-        return decode_json(json_body(request), kind)
+        return decoder(body)
     except msgspec.ValidationError as error:
-        raise _in_words(str(error)) from None
+        raise in_words(error) from None
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.") from None
     except ValueError as error:  # malformed JSON, or bytes that are no UTF-8
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 
 
-def _in_words(message: str) -> InvalidRequest:
+def _in_words(error: msgspec.ValidationError) -> InvalidRequest:
+    message = str(error)
     fault = _FAULT.match(message)
     what, where = (fault["what"], fault["where"] or "") if fault else (message, "")
     field = _FIELD.match(what)

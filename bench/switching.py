@@ -101,7 +101,7 @@ class Installation:
 
     def switches(self) -> int:
         """Return how often one model had to leave for the other."""
-        return (self.data_dir / "logs" / "gpu-worker.log").read_text(errors="replace").count("workers.runners: unloading bench/")
+        return (self.data_dir / "logs" / "gpu-worker.log").read_text(errors="replace").count("workers.loader: unloading bench/")
 
 
 def run(installation: Installation, seconds: float) -> Seen:

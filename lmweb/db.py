@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import re
 import select
 from collections.abc import Callable
@@ -16,11 +17,13 @@ from inspect import signature
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 from uuid import UUID
 
-from django.db import close_old_connections, connection, connections
+from django.db import Error as DatabaseError, close_old_connections, connection, connections
 from django.db.models import Model, QuerySet
 from django.db.models.expressions import RawSQL
 
 from lmweb.errors import Conflict
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +60,19 @@ def visit(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         return function(*args, **kwargs)
     finally:
         close_old_connections()
+
+
+def try_to_store(action: Callable[[], object]) -> None:
+    """Do something that the database should know but that must not stop anything else when it is away."""
+    try:
+        action()
+    except DatabaseError as error:
+        logger.warning("PostgreSQL is away: %s", in_short(error))
+
+
+def in_short(error: DatabaseError) -> str:
+    """Return the first line of what the database says."""
+    return str(error).strip().splitlines()[0]
 
 
 async def run_db(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,6 +1,6 @@
 """The writers of models in memory: what a load would take and displace, loading, unloading, pinning.
 
-Rows first, then the message to the node; how the node goes on is in ``workers.runners``.
+Rows first, then the message to the node; how the node goes on is in ``workers.loader``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The host: all generations that this worker owns, on the runners of this machine (``workers.runners``).
 
 Celery tasks only hand work in and return; from then on a generation is driven by the reader thread of its runner (tokens to
-Redis), one saver thread (partial texts, leases, ends) and one keeper thread (heartbeat, idle models, Redis coming back).
+Redis), by the loader while its model is not there (``workers.loader``), and by the host's own threads (``workers.host_threads``).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import msgspec
 from django.db import Error as DatabaseError
 
+from lmweb.db import in_short, try_to_store
 from workers.events import (
     AnyEvent,
     ChatStart,
@@ -27,31 +27,25 @@ from workers.events import (
     Stats,
 )
 from workers.fairness import Hold, PersonalLimits
+from workers.host_threads import Arrivals, Keeper, Saver
+from workers.loader import Loader
+from workers.policy import Policy
 from workers.protocol import Embed, Loaded, LoadFailed, LoadProgress, Output, RunnerMessage, Step, Submit
-from workers.recent_log import RecentLog
-from workers.relay import Live, StreamWriter, end_events, interrupted
+from workers.relay import Live, StreamWriter, interrupted
 from workers.runner_process import RunnerProcess
-from workers.runners import Policy, Runners
+from workers.runners import Runners
 from workers.schemas import EmbeddingRequest, GenerationRequest
-from workers.store import Claim, Instance, NodeState, Outcome, Progress, Store
+from workers.store import Claim, Instance, Outcome, Store
 
 logger = logging.getLogger(__name__)
 
 MAX_RESUMES = 2
-SAVE_SECONDS = 1.0
-KEEP_SECONDS = 0.25
-HEARTBEAT_SECONDS = 2.0
-TELL_SECONDS = 1.0
-#: Between two attempts to reach PostgreSQL.
-DATABASE_RETRY_SECONDS = 0.5
-#: Without news, the rows are looked at after this time.
-ARRIVAL_SECONDS = 2.0
 
 
 class Host:
-    """See the module; ``complete_config`` and ``policy`` are those of ``Runners``, whose ``Listener`` this is.
+    """See the module; ``complete_config`` is that of ``Loader``, whose ``Listener`` this is, and ``on_removed`` that of ``Keeper``.
 
-    ``on_removed`` is called when the installation does not know this node any more.
+    ``lock``, which is that of the runners, guards ``lives``: the generations that this worker owns, by id.
     """
 
     def __init__(
@@ -66,20 +60,17 @@ class Host:
         on_removed: Callable[[], None] | None = None,
     ) -> None:
         self.store = store
-        self._on_removed = on_removed
-        self._recent_log = RecentLog()
-        self._state = NodeState.ACTIVE
-        self.runners = Runners(
-            store=store, logs=logs, step_log=step_log, complete_config=complete_config, policy=policy or Policy(), listener=self
-        )
-        self._writer = StreamWriter(redis_url)
-        self._lock = self.runners.lock
-        self._lives: dict[str, Live] = {}
+        self.runners = Runners(store=store, policy=policy or Policy())
+        self.loader = Loader(self.runners, store=store, logs=logs, step_log=step_log, complete_config=complete_config, listener=self)
+        self.writer = StreamWriter(redis_url)
+        self.lock = self.runners.lock
+        self.lives: dict[str, Live] = {}
+        self.stopping = threading.Event()
+        self._arrivals = Arrivals(self)
+        self._saver = Saver(self)
+        self._keeper = Keeper(self, saver=self._saver, on_removed=on_removed)
         self._limits = PersonalLimits()
         self._told: dict[str, Hold] = {}
-        self._ends: list[tuple[Live, Outcome]] = []
-        self._wake_saver = threading.Event()
-        self._stopping = threading.Event()
 
     # --- entry points, called by tasks -------------------------------------------------------------------------------
 
@@ -88,33 +79,22 @@ class Host:
 
         Waits for PostgreSQL as long as it takes: whatever killed the worker may have killed that as well.
         """
-        logging.getLogger().addHandler(self._recent_log)
-        self._register()
-        threading.Thread(target=self._save_loop, name="saver", daemon=True).start()
-        threading.Thread(target=self._keep_loop, name="keeper", daemon=True).start()
-        self.runners.start()
-        threading.Thread(target=self._arrival_loop, name="arrivals", daemon=True).start()
-
-    def _register(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                self.store.register()
-            except DatabaseError as error:
-                logger.warning("PostgreSQL is away, this node registers when it is back: %s", str(error).strip().splitlines()[0])
-                self._stopping.wait(DATABASE_RETRY_SECONDS)
-            else:
-                return
+        self._keeper.register()
+        self._saver.start()
+        self._keeper.start()
+        self.loader.start()
+        self._arrivals.start()
 
     def generate(self, generation_id: str) -> None:
         """Claim a generation and put it to work. Returns at once; what somebody has claimed already is left alone."""
-        if self._stopping.is_set():
+        if self.stopping.is_set():
             return
         claim = self.store.claim(generation_id)
         if claim is None:
             return
-        live = self._writer.catch_up(claim)
-        with self._lock:
-            self._lives[live.id] = live
+        live = self.writer.catch_up(claim)
+        with self.lock:
+            self.lives[live.id] = live
         if claim.cancelled:
             self._end(live, status="cancelled", stats=Stats(stop_reason="userStopped"))
         elif claim.resumes > MAX_RESUMES:
@@ -124,13 +104,13 @@ class Host:
 
     def cancel(self, generation_id: str) -> None:
         """Stop a generation if it is ours; waiting ones end at once, running ones with the next step."""
-        with self._lock:
-            live = self._lives.get(generation_id)
+        with self.lock:
+            live = self.lives.get(generation_id)
             if live is None or live.ended or live.cancelled:
                 return
             live.cancelled = True
             runner = self.runners.of(generation_id)
-            self.runners.withdraw(live)
+            self.loader.withdraw(live)
         if runner is not None:
             runner.cancel(generation_id)
         else:
@@ -138,24 +118,25 @@ class Host:
 
     def load(self, instance_id: int) -> None:
         """Load a model that a person asked for; its row tells how that goes."""
-        self.runners.load(instance_id)
+        self.loader.load(instance_id)
 
     def unload(self, instance_id: int) -> None:
         """End a runner and delete its row once its memory is free. What it was generating ends there, its text is kept."""
-        self.runners.unload(instance_id)
+        self.loader.unload(instance_id)
 
     def stop(self) -> None:
         """End all runners and give unfinished generations back to the queue, so that the next worker goes on with them."""
-        self._stopping.set()
-        logging.getLogger().removeHandler(self._recent_log)
-        self._wake_saver.set()
+        self.stopping.set()
+        self._keeper.stop()
+        self._saver.stop()
+        self.loader.stop()
         self.runners.stop()
-        with self._lock:
-            unfinished = [live for live in self._lives.values() if not live.ended]
+        with self.lock:
+            unfinished = [live for live in self.lives.values() if not live.ended]
         self._write(unfinished)
         try:
             self.store.unregister()
-            self._finish_ended()
+            self._saver.finish_ended()
             self.store.give_back([live.progress() for live in unfinished])
         except DatabaseError as error:
             logger.warning("could not give generations back, the reaper will find them: %s", error)
@@ -164,33 +145,33 @@ class Host:
 
     def _admit(self, live: Live) -> None:
         """Place a generation, or hold it back while its person has as many running as they may."""
-        with self._lock:
+        with self.lock:
             if live.ended:
                 return
             claim = live.claim
             if self._limits.enter(claim.owner, live.id, lane=claim.request.lane, limit=claim.running_limit):
                 self._place(live)
             else:
-                self._tell_held()
+                self.tell_held()
 
     def _leave(self, live: Live) -> None:
         """Give the place of a generation that has ended to what its person has waiting. Called under the lock."""
-        if self._stopping.is_set():
+        if self.stopping.is_set():
             return
         seconds = time.monotonic() - live.running_since
         for generation_id in self._limits.leave(live.claim.owner, live.id, seconds=seconds):
             self._told.pop(generation_id, None)
-            freed = self._lives[generation_id]
+            freed = self.lives[generation_id]
             freed.running_since = time.monotonic()
             self._place(freed)
 
-    def _tell_held(self) -> None:
+    def tell_held(self) -> None:
         """Tell those that are held back by their person's limit where they stand, if that has changed."""
-        with self._lock:
+        with self.lock:
             holds = self._limits.holds()
             changed = {generation_id: hold for generation_id, hold in holds.items() if self._told.get(generation_id) != hold}
             self._told = holds
-            lives = [self._lives[generation_id] for generation_id in changed]
+            lives = [self.lives[generation_id] for generation_id in changed]
             for live in lives:
                 hold = changed[live.id]
                 with live.lock:
@@ -201,7 +182,7 @@ class Host:
     def _place(self, live: Live) -> None:
         """Give a generation to a runner of its model, or let it wait until there is one."""
         claim = live.claim
-        with self._lock:
+        with self.lock:
             if live.ended:
                 return
             runner = self.runners.find(claim.model, claim.identifier)
@@ -209,7 +190,7 @@ class Host:
                 self.on_assigned(runner, live)
             else:
                 live.started_at = time.monotonic()
-                self.runners.want(live)
+                self.loader.want(live)
 
     def on_assigned(self, runner: RunnerProcess, live: Live) -> None:
         """Submit a generation to a model that is ready, or let it wait for the end of its load."""
@@ -247,10 +228,10 @@ class Host:
         try:
             given = self.store.hand_over(progress, at_once=at_once, or_wait=or_wait)
         except DatabaseError as error:
-            logger.warning("%s cannot go to another node, PostgreSQL is away: %s", live.id, str(error).strip().splitlines()[0])
+            logger.warning("%s cannot go to another node, PostgreSQL is away: %s", live.id, in_short(error))
             return False
         if given:
-            self._forget(live)
+            self.forget(live)
         return given
 
     @staticmethod
@@ -313,12 +294,12 @@ class Host:
         if going_on:
             self._write(going_on)
         for live, output in ended:
-            with self._lock:
+            with self.lock:
                 running.pop(live.id, None)
             runner.last_used_at = now
             self._on_ended(live, output)
         if ended and not running:
-            self.runners.has_news()
+            self.loader.has_news()
 
     def _on_ended(self, live: Live, output: Output) -> None:
         assert output.stats is not None
@@ -329,15 +310,15 @@ class Host:
             self._end(live, status=status, stats=output.stats)
 
     def _on_load_progress(self, runner: RunnerProcess, progress: float) -> None:
-        with self._lock:
+        with self.lock:
             waiting = list(runner.waiting)
         for live in waiting:
             self._publish(live, [ModelLoadProgress(model_instance_id=runner.identifier, progress=progress)])
-        self._try_store(lambda: self.store.instance_loading(runner.instance.id, progress))
+        try_to_store(lambda: self.store.instance_loading(runner.instance.id, progress))
 
     def _on_loaded(self, runner: RunnerProcess, loaded: Loaded) -> None:
         seconds = time.monotonic() - runner.started_at
-        with self._lock:
+        with self.lock:
             waiting, runner.waiting = runner.waiting, []
             runner.ready = True
             runner.last_used_at = time.monotonic()
@@ -350,25 +331,25 @@ class Host:
             runner.instance.config, context_length=loaded.context_length, parallel=loaded.parallel, eval_batch_size=loaded.eval_batch_size
         )
         memory = runner.memory_bytes()
-        self._try_store(lambda: self.store.instance_ready(runner.instance.id, config=config, memory_bytes=memory, load_seconds=seconds))
+        try_to_store(lambda: self.store.instance_ready(runner.instance.id, config=config, memory_bytes=memory, load_seconds=seconds))
 
     def on_exit(self, runner: RunnerProcess) -> None:
         """Clean up after a runner: waiting generations fail with the reason of the load, running ones go on elsewhere."""
         pk = runner.instance.id
-        with self._lock:
-            self.runners.ended(runner)
+        with self.lock:
+            self.loader.ended(runner)
             waiting, running = runner.waiting, list(runner.running.values())
             runner.waiting, runner.running = [], {}
-        if self._stopping.is_set():
-            self._try_store(lambda: self.store.instance_gone(pk))
+        if self.stopping.is_set():
+            try_to_store(lambda: self.store.instance_gone(pk))
             return
         if not runner.ready and not runner.stopping:
             reason = runner.load_failure()
-            self._try_store(lambda: self.store.instance_failed(pk, reason))
+            try_to_store(lambda: self.store.instance_failed(pk, reason))
             for live in waiting:
                 self._fail(live, ErrorInfo(code="model_load_failed", message=reason))
         else:
-            self._try_store(lambda: self.store.instance_gone(pk))
+            try_to_store(lambda: self.store.instance_gone(pk))
             for live in waiting:
                 self._place(live)
         if running:
@@ -402,7 +383,7 @@ class Host:
         for live in lives:
             with live.lock:
                 live.close_entry()
-        self._writer.write(lives)
+        self.writer.write(lives)
 
     def _fail(self, live: Live, error: ErrorInfo, *, stats: Stats | None = None) -> None:
         self._end(live, status="failed", stats=stats or self._partial_stats(live, "failed"), error=error)
@@ -415,7 +396,7 @@ class Host:
         """Queue the end for the saver: the row first, then ``chat.end``."""
         if live.load_seconds is not None:
             stats = msgspec.structs.replace(stats, model_load_time_seconds=live.load_seconds)
-        with self._lock:
+        with self.lock:
             if live.ended:
                 return
             live.ended = True
@@ -423,150 +404,30 @@ class Host:
         self._write([live])
         with live.lock:
             outcome = Outcome(live.progress(), status, stats, error, drop_inputs=live.is_embedding)
-        with self._lock:
-            self._ends.append((live, outcome))
-        self._wake_saver.set()
+        self._saver.end(live, outcome)
 
-    # --- threads ---------------------------------------------------------------------------------------------------------
+    # --- asked by its threads ------------------------------------------------------------------------------------------
 
-    def _arrival_loop(self) -> None:
-        """Take up what is sent to this node."""
-        while not self._stopping.is_set():
-            try:
-                self._take_up_arrivals()
-            except DatabaseError as error:
-                logger.warning("PostgreSQL is away, nothing new can arrive: %s", str(error).strip().splitlines()[0])
-                self._stopping.wait(DATABASE_RETRY_SECONDS)
-
-    def _take_up_arrivals(self) -> None:
-        with closing(self.store.arrivals(ARRIVAL_SECONDS)) as arrivals:
-            for generation_ids in arrivals:
-                for generation_id in generation_ids:
-                    self.generate(generation_id)
-                if self._stopping.is_set():
-                    return
-
-    def _save_loop(self) -> None:
-        """Write ends at once, partial texts and leases once a second, for as long as the process lives."""
-        saved_at = time.monotonic()
-        while not self._stopping.is_set():
-            self._wake_saver.wait(max(0.0, SAVE_SECONDS - (time.monotonic() - saved_at)))
-            self._wake_saver.clear()
-            try:
-                self._finish_ended()
-                if time.monotonic() - saved_at >= SAVE_SECONDS:
-                    saved_at = time.monotonic()
-                    self._save_running()
-            except DatabaseError as error:
-                logger.warning("PostgreSQL is away, texts are kept until it is back: %s", str(error).strip().splitlines()[0])
-                self._stopping.wait(0.5)
-                self._wake_saver.set()
-
-    def _finish_ended(self) -> None:
-        with self._lock:
-            ends = list(self._ends)
-        if not ends:
-            return
-        ours = self.store.finish([outcome for _, outcome in ends])
-        for live, outcome in ends:
-            if live.id in ours:
-                with live.lock:
-                    live.pending_events += end_events(outcome, live.instance_id)
-                    live.close_entry()
-        self._writer.write([live for live, _ in ends if live.id in ours], last=True)
-        with self._lock:
-            self._ends = self._ends[len(ends) :]
-            for live, _ in ends:
-                if not self._writer.is_behind:
-                    self._lives.pop(live.id, None)
-
-    def _save_running(self) -> None:
-        with self._lock:
-            lives = [live for live in self._lives.values() if not live.ended]
-            used = [runner.instance.id for runner in self.runners.by_id.values() if runner.running]
-        progress: list[Progress] = []
-        for live in lives:
-            with live.lock:
-                live.close_entry()
-                progress.append(live.progress())
-        self._writer.write(lives)
-        ours, cancelled = self.store.save(progress) if progress else (set(), set())
-        for live in lives:
-            if live.id not in ours:
-                self._forget(live)
-            elif live.id in cancelled:
-                self.cancel(live.id)
-        if used:
-            self.store.instances_used(used)
-
-    def _forget(self, live: Live) -> None:
+    def forget(self, live: Live) -> None:
         """Drop a generation that is not ours any more (deleted, or taken over while we could not renew its lease)."""
-        with self._lock:
+        with self.lock:
             live.ended = True
-            self._lives.pop(live.id, None)
+            self.lives.pop(live.id, None)
             self._leave(live)
             runner = self.runners.of(live.id)
-            self.runners.withdraw(live)
+            self.loader.withdraw(live)
             if runner is not None:
                 del runner.running[live.id]
         if runner is not None:
             runner.cancel(live.id)
 
-    def _keep_loop(self) -> None:
-        """Refill Redis after it was away, tell who is held back, send the heartbeat, unload idle models."""
-        beat_at = told_at = 0.0
-        while not self._stopping.wait(KEEP_SECONDS):
-            if self._writer.is_behind:
-                self._refill()
-            if time.monotonic() - told_at >= TELL_SECONDS:
-                told_at = time.monotonic()
-                self._tell_held()
-            if time.monotonic() - beat_at >= HEARTBEAT_SECONDS:
-                beat_at = time.monotonic()
-                self._try_store(self._beat)
-                self._try_store(self.runners.unload_idle)
-
-    def _beat(self) -> None:
-        """Send the heartbeat, and act on what comes back: what an admin lets this node do."""
-        state = self.store.heartbeat(log_lines=self._recent_log.fresh())
-        if state is None:
-            if self._on_removed is not None:
-                logger.error("This node was removed by an admin, or another machine has its name. The worker ends.")
-                self._on_removed()
-            return
-        if state is not self._state:
-            logger.info("This node is %s now.", state)
-            self._state = state
-        self.runners.may_load = state is NodeState.ACTIVE
-        if state is NodeState.DRAINING:
-            self._drain()
-
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """Hand over what has not begun, and unload what has nothing to do; called with every heartbeat until nothing is left."""
-        with self._lock:
+        with self.lock:
             begun = {generation_id for runner in self.runners.by_id.values() for generation_id in runner.running}
-            waiting = [live for live in self._lives.values() if not live.ended and live.id not in begun]
+            waiting = [live for live in self.lives.values() if not live.ended and live.id not in begun]
             for live in waiting:
-                self.runners.withdraw(live)
+                self.loader.withdraw(live)
         for live in waiting:
             self.on_turned_away(live)
         self.runners.unload_free()
-
-    def _refill(self) -> None:
-        with self._lock:
-            lives = list(self._lives.values())
-            ending = {live.id for live, _ in self._ends}
-        if self._writer.refill(lives):
-            logger.info("Redis is back, %d streams refilled", len(lives))
-            with self._lock:
-                for live in lives:
-                    if live.ended and live.id not in ending:
-                        self._lives.pop(live.id, None)
-
-    @staticmethod
-    def _try_store(action: Callable[[], object]) -> None:
-        """Do something that the database should know but that must not stop tokens when it is away."""
-        try:
-            action()
-        except DatabaseError as error:
-            logger.warning("PostgreSQL is away: %s", str(error).strip().splitlines()[0])

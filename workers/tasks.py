@@ -28,7 +28,7 @@ from workers.dispatch import CANCEL
 from workers.engines import registry
 from workers.host import Host
 from workers.memory import AutoEvict, Guardrail
-from workers.runners import Policy
+from workers.policy import Policy
 from workers.store import Instance
 
 logger = logging.getLogger(__name__)

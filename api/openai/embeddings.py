@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from api.body import parse
 from api.openai.checks import without_nul
 from api.openai.translate import invalid
 from lmweb.decoding import convert
@@ -64,14 +65,7 @@ _decoder = msgspec.json.Decoder(EmbeddingsRequest)
 
 def parse_request(body: bytes) -> EmbeddingsRequest:
     """Decode a request body. Raises ``InvalidRequest`` that names the field at fault."""
-    try:
-        return _decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise invalid(error) from None
-    except RecursionError:
-        raise InvalidRequest("The body is nested too deeply.") from None
-    except ValueError as error:  # malformed JSON, or bytes that are no UTF-8
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+    return parse(body, _decoder.decode, invalid)
 
 
 def to_embedding_request(request: EmbeddingsRequest) -> EmbeddingRequest:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from api.body import parse
 from api.openai import structured
 from api.openai.checks import without_nul
 from api.openai.schemas import (
@@ -87,14 +88,7 @@ _MISSING = re.compile(r"^Object missing required field `(?P<field>\w+)`")
 
 def parse_request(body: bytes) -> ChatCompletionRequest:
     """Decode a request body. Raises ``InvalidRequest`` that names the field at fault."""
-    try:
-        return _request_decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise invalid(error) from None
-    except RecursionError:
-        raise InvalidRequest("The body is nested too deeply.") from None
-    except ValueError as error:  # malformed JSON, or bytes that are no UTF-8
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+    return parse(body, _request_decoder.decode, invalid)
 
 
 def to_generation_request(request: ChatCompletionRequest) -> GenerationRequest:

@@ -39,7 +39,8 @@ NAMES = {"gguf": "starter/gguf", "mlx": "starter/mlx"}
 def both(transactional_db: None, owner: User, tmp_path: Path) -> Iterator[Bench]:
     """Return a bench with the starter model in both formats, which may be in memory together."""
     from tests.workers.support import Bench, make_host
-    from workers.runners import AutoEvict, Policy
+    from workers.memory import AutoEvict
+    from workers.policy import Policy
 
     bench = Bench(make_host(tmp_path / "logs", Policy(auto_evict=AutoEvict.OFF)), owner)
     for format_, file in (("gguf", STARTER_GGUF), ("mlx", STARTER_MLX / "config.json")):

@@ -7,28 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
+from tests.api.conftest import model  # noqa: F401  (a fixture)
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from lmweb.access import Principal
     from lmweb.models import User
-    from models_app.models import InstalledModel
-
-
-@pytest.fixture
-def model(transactional_db: None) -> InstalledModel:
-    """Return a model that exists in the database only."""
-    from models_app.models import InstalledModel
-
-    return InstalledModel.objects.create(
-        key="acme/tiny",
-        publisher="acme",
-        display_name="Tiny",
-        architecture="llama",
-        size_bytes=1,
-        max_context_length=256,
-        path="acme/tiny/t.gguf",
-    )
 
 
 @pytest.fixture

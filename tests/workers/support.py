@@ -16,7 +16,7 @@ from models_app.store import DjangoStore
 from workers import stream
 from workers.events import AnyEvent, ChatEnd, MessageDelta, decode_events
 from workers.host import Host
-from workers.runners import Policy
+from workers.policy import Policy
 from workers.schemas import ChatMessage, GenerationRequest, SamplingParams, request_to_builtins
 from workers.tasks import complete_config
 

@@ -93,7 +93,7 @@ def test_a_cordoned_node_serves_what_it_has_and_loads_nothing(bench: Bench, star
 
     bench.run(starter, "What is a token?")
     command("cordon")
-    wait_for(lambda: not bench.host.runners.may_load)
+    wait_for(lambda: not bench.host.loader.may_load)
     assert bench.run(starter, "What is a token?").node == "test-node"
     copy = tmp_path / "second.gguf"
     copy.symlink_to(starter.file)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench import fleet
-from bench.fleet import Day, Fleet, Machine, Result, simulate
+from bench.fleet import Day, simulate
+from bench.simulation import Fleet, Machine, Result, percentile
 
 BUSY_MORNING = Day(users=300, hours=1.5, begins_at=9)
 
@@ -26,7 +27,7 @@ def test_the_router_swaps_less_waits_less_and_is_fairer(results: dict[str, Resul
     routed = results["router"]
     for name in ("shortest queue", "first fit"):
         naive = results[name]
-        assert fleet.percentile(routed.waits, 0.95) < fleet.percentile(naive.waits, 0.95), name
+        assert percentile(routed.waits, 0.95) < percentile(naive.waits, 0.95), name
         assert routed.fairness() > naive.fairness(), name
     assert routed.swaps < results["shortest queue"].swaps / 2
 

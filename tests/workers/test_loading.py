@@ -16,7 +16,7 @@ from tests.models.hostile import VALID, engine_killers, mutants
 from tests.workers.support import ENDLESS, Bench, make_host, wait_for
 from workers.events import QueueUpdate
 from workers.memory import AutoEvict
-from workers.runners import Policy
+from workers.policy import Policy
 from workers.schemas import LoadConfig, SamplingParams
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from tests.micro_models import make_micro, make_micro_bert
 from workers import memory
 from workers.engines import registry
 from workers.memory import AutoEvict, Guardrail, ModelShape, Resident, choose_leavers, estimate
-from workers.runners import Policy
+from workers.policy import Policy
 from workers.schemas import LoadConfig
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from django.utils import timezone
 
 from tests.micro_models import make_micro
 from tests.workers.support import GREEDY, Bench, make_host, wait_for
-from workers.runners import Policy
+from workers.policy import Policy
 from workers.schemas import ChatMessage, GenerationRequest, OutputFormat, SamplingParams
 from workers.store import Claim
 
@@ -127,9 +127,9 @@ def test_where_no_node_can_the_reason_of_the_last_one_is_told(start: Callable[..
 def test_what_waits_for_memory_moves_to_a_node_that_has_some(
     start: Callable[..., Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from workers import runners
+    from workers import loader
 
-    monkeypatch.setattr(runners, "MOVE_SECONDS", 0.3)
+    monkeypatch.setattr(loader, "MOVE_SECONDS", 0.3)
     a = start("a")
     busy, other = (a.install(make_micro(tmp_path / f"{n}.gguf", seed=n, layers=16), f"test/{n}") for n in range(2))
     long = SamplingParams(temperature=0.0, max_tokens=1500, ignore_eos=True)
@@ -158,7 +158,8 @@ def test_the_reaper_does_not_wait_for_the_leases_of_a_dead_node(start: Callable[
     counted = " ".join(map(str, range(1, 150)))  # the only text that is allowed: what is lost or doubled would show
     cut = ask(a, model, "to be", output_format=OutputFormat(kind="regex", value=counted))
     wait_for(lambda: len(a.text(cut)) > 50)
-    a.host._stopping.set()  # as a dead one, it neither saves nor beats nor gives anything back
+    a.host.stopping.set()  # as a dead one, it neither saves nor beats nor gives anything back
+    a.host.loader.stop()
     a.host.runners.stop()
     b = start("b")
     WorkerNode.objects.filter(name="a").update(heartbeat_at=timezone.now() - timedelta(seconds=9))

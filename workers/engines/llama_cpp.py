@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from lmweb.errors import InvalidRequest
 from workers.constraints import ConstraintFactory
 from workers.engines.base import Engine, EngineInfo, Logprob, Sequence, StepResult, TokenTaker
+from workers.engines.batching import BatchingEngine
 from workers.engines.kv_park import MIN_TOKENS, KvPark, Parked, park_bytes
 from workers.engines.llama_context import Context, ContextSize, KvCache, Model
 from workers.engines.llama_draft import DraftModel, load_draft
@@ -27,8 +28,8 @@ from workers.schemas import LoadConfig
 import llama_cpp.llama_cpp as C  # isort: skip
 
 
-@dataclass(slots=True)
-class LlamaEngine:
+@dataclass
+class LlamaEngine(BatchingEngine):
     """One loaded GGUF. See ``workers.engines.base.Engine`` for the contract."""
 
     model: Model
@@ -89,26 +90,10 @@ class LlamaEngine:
             self.speculation.draft = self.make_draft(key, path)
         return True
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence."""
-        self.scheduler.enqueue(sequence)
-
     def remove(self, sequence_id: str) -> None:
         """Take a sequence out; what it computed is parked for its next turn."""
-        slot = self.scheduler.find(sequence_id)
-        if slot is not None:
-            self._vacate(slot)
-        else:
-            self.scheduler.withdraw(sequence_id)
-        sampler = self._samplers.pop(sequence_id, None)
-        if sampler:
-            sampler.close()
+        super().remove(sequence_id)
         self.speculation.forget(sequence_id)
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a step would do anything."""
-        return self.scheduler.has_work
 
     def step(self, take: TokenTaker) -> StepResult:
         """Admit what fits, compute one batch and sample."""
@@ -137,13 +122,6 @@ class LlamaEngine:
                 result.slid.append(slot.sequence)
         return result
 
-    def _admit_waiting(self) -> None:
-        """Let those in whose turn it is, and who fit."""
-        if (overdue := self.scheduler.overdue()) is not None:
-            self._preempt(overdue)
-        while self.scheduler.waiting and (admission := self.scheduler.next_admission()) is not None:
-            self._admit(admission)
-
     def _progress(self, decoding: list[Slot], chunks: list[Chunk], guessed: int, seconds: float) -> StepResult:
         """Note what a step has computed, and what it cost whom."""
         prefill_tokens = sum(chunk.end - chunk.start for chunk in chunks)
@@ -160,14 +138,9 @@ class LlamaEngine:
         self._pace.charge(self.scheduler.fair, [slot.sequence.owner for slot in decoding if slot.sequence], prompts, seconds)
         return result
 
-    def queue(self) -> list[Sequence]:
-        """Return the waiting sequences in the order of their turns."""
-        return self.scheduler.queue()
-
     def close(self) -> None:
         """Free everything."""
-        for sampler in self._samplers.values():
-            sampler.close()
+        super().close()
         if self._embedder:
             self._embedder.close()
         if self.speculation.draft:
@@ -321,13 +294,6 @@ class LlamaEngine:
             self.context.clear(slot.id)
         self.scheduler.slide(slot, n_kv)
         self.speculation.forget(sequence.id)
-
-    def _preempt(self, slot: Slot) -> None:
-        """Park a running sequence and let it wait; it goes on where it was."""
-        sequence = slot.sequence
-        assert sequence is not None
-        self._vacate(slot)
-        self.scheduler.waiting.append(sequence)
 
     def _make_room(self, *, guessed: bool) -> StepResult:
         """Handle a full KV cache: without guesses there may be room; else the youngest sequence is parked and waits; a lone one fails."""

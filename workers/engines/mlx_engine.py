@@ -15,6 +15,7 @@ from mlx_lm.generate import BatchGenerator
 from lmweb.errors import InvalidModelFile, InvalidRequest, ModelLoadFailed
 from workers.constraints import ConstraintFactory
 from workers.engines.base import Embedder, Engine, EngineInfo, Logprob, Sequence, StepResult, TokenTaker
+from workers.engines.batching import BatchingEngine
 from workers.engines.card import Feature
 from workers.engines.kv_park import MIN_TOKENS, park_bytes
 from workers.engines.mlx_card import CARD
@@ -74,8 +75,8 @@ class Stream:
         return mx.array([self._token], dtype=mx.uint32)
 
 
-@dataclass(slots=True)
-class MlxEngine:
+@dataclass
+class MlxEngine(BatchingEngine):
     """One loaded directory. See ``workers.engines.base.Engine`` for the contract."""
 
     loaded: Loaded
@@ -120,27 +121,7 @@ class MlxEngine:
         """Queue a sequence. Raises ``InvalidRequest`` for a sampler that this engine has not."""
         if sequence.sampling.dry_multiplier > 0.0:
             raise InvalidRequest(CARD.lacks[Feature.DRY], param="dry_multiplier")
-        self.scheduler.enqueue(sequence)
-
-    def remove(self, sequence_id: str) -> None:
-        """Take a sequence out; what it computed is kept for its next turn."""
-        slot = self.scheduler.find(sequence_id)
-        if slot is not None:
-            self._vacate(slot)
-        else:
-            self.scheduler.withdraw(sequence_id)
-        sampler = self._samplers.pop(sequence_id, None)
-        if sampler:
-            sampler.close()
-
-    def queue(self) -> list[Sequence]:
-        """Return the waiting sequences in the order of their turns."""
-        return self.scheduler.queue()
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a step would do anything."""
-        return self.scheduler.has_work
+        super().add(sequence)
 
     def step(self, take: TokenTaker) -> StepResult:
         """Admit what fits, compute one batch and sample."""
@@ -166,16 +147,8 @@ class MlxEngine:
 
     def close(self) -> None:
         """Free everything."""
-        for sampler in self._samplers.values():
-            sampler.close()
+        super().close()
         self.generator.close()
-
-    def _admit_waiting(self) -> None:
-        """Let those in whose turn it is, and who fit."""
-        if (overdue := self.scheduler.overdue()) is not None:
-            self._preempt(overdue)
-        while self.scheduler.waiting and (admission := self.scheduler.next_admission()) is not None:
-            self._admit(admission)
 
     def _admit(self, admission: Admission) -> None:
         """Give a sequence its slot with the longest prefix at hand: a running neighbour's, or a kept one."""
@@ -223,13 +196,6 @@ class MlxEngine:
         cache, tokens = self._withdraw(slot)
         self.prefixes.keep(owner, tokens, cache)
         self.scheduler.release(slot)
-
-    def _preempt(self, slot: Slot) -> None:
-        """Let a running sequence wait; it goes on where it was."""
-        assert slot.sequence is not None
-        sequence = slot.sequence
-        self._vacate(slot)
-        self.scheduler.waiting.append(sequence)
 
     def _slide(self, stream: Stream) -> Sequence:
         """Move a full window on: what stays in sight is computed again, except its beginning where the cache can be cut."""
