@@ -36,7 +36,7 @@ from lmweb import env
 COMPILED = "llama-cpp-python"
 MARKER = "lmweb.json"
 UNFINISHED = "lmweb-unfinished"
-LEANER = Path(__file__).resolve().parent.parent / "requirements" / "llama.cmake"
+BUILD_OPTIONS = Path(__file__).resolve().parent.parent / "requirements" / "llama.cmake"
 LOG = "lmweb-install.log"
 #: What the import of transformers needs of its models.
 TRANSFORMERS_KEPT = {"auto", "encoder_decoder", "__pycache__"}
@@ -64,7 +64,10 @@ class BootstrapError(Exception):
 
 @dataclass(frozen=True)
 class State:
-    """What an environment was made from: digests of the lock files (``dev`` and ``mlx`` empty without them), and how llama.cpp was built."""
+    """What an environment was made from: digests of the lock files (``dev`` and ``mlx`` empty without them), and how llama.cpp was built.
+
+    ``build`` is the digest of our own options for that.
+    """
 
     python: str
     runtime: str
@@ -72,6 +75,12 @@ class State:
     gpu: str
     cmake_args: str
     mlx: str = ""
+    build: str = ""
+
+    @property
+    def how_built(self) -> tuple[str, str, str]:
+        """Return everything that makes another llama.cpp of the same source."""
+        return self.gpu, self.cmake_args, self.build
 
 
 def enter(repository: Path, *, dev: bool) -> None:
@@ -122,6 +131,7 @@ def wanted(repository: Path, target: Path, *, dev: bool) -> State:
         mlx=digest(repository / "requirements" / "mlx.txt") if mlx else "",
         gpu=gpu or (present.gpu if present else "cpu"),
         cmake_args=env.text("CMAKE_ARGS") or (present.cmake_args if present else ""),
+        build=digest(BUILD_OPTIONS),
     )
 
 
@@ -168,7 +178,7 @@ def make(repository: Path, target: Path, *, dev: bool) -> None:
     if (target / UNFINISHED).exists():
         shutil.rmtree(target)
         present = None
-    rebuild = present is not None and (present.gpu, present.cmake_args) != (state.gpu, state.cmake_args)
+    rebuild = present is not None and present.how_built != state.how_built
     if rebuild or not installed(target, repository):
         check_tools()
     print(f"Making the Python environment in {target} (once; compiling llama.cpp takes minutes).", flush=True)
@@ -224,13 +234,12 @@ def install(target: Path, packages: dict[str, str], progress: Progress, *, build
     listed = target / "lmweb-requirements.txt"
     listed.write_text("".join(packages.values()))
     variables = dict(os.environ)
-    fresh = rebuild
+    options = ["--force-reinstall"] if rebuild else []
     if build is not None:
-        flags = [f"-DCMAKE_PROJECT_INCLUDE={LEANER}", *shlex.split(build.cmake_args), *GPU_FLAGS[build.gpu].split()]
+        flags = [f"-DCMAKE_PROJECT_INCLUDE={BUILD_OPTIONS}", *shlex.split(build.cmake_args), *GPU_FLAGS[build.gpu].split()]
         variables["CMAKE_ARGS"] = shlex.join(flags)
-        # A wheel in the installer's cache may have been built with other flags.
-        fresh = rebuild or bool(build.cmake_args) or build.gpu != "cpu"
-    for command in installers(target, listed, rebuild=rebuild, no_cache=fresh, verbose=build is not None):
+        options += [*build_cache(build), "-v"]
+    for command in installers(target, listed, options):
         if run(command, variables, target / LOG, progress):
             return
         print(f"\n{Path(command[0]).name} failed.", flush=True)
@@ -238,21 +247,34 @@ def install(target: Path, packages: dict[str, str], progress: Progress, *, build
     raise BootstrapError("\n".join(lines) + f"\n\nInstalling failed. The whole log: {target / LOG}")
 
 
-def installers(target: Path, listed: Path, *, rebuild: bool, no_cache: bool, verbose: bool) -> Iterator[list[str]]:
+def build_cache(build: State) -> list[str]:
+    """Return the options about the installer's cache, where a build for another processor or with other options must not be found."""
+    if build.cmake_args or build.gpu != "cpu":
+        return ["--no-cache-dir"]
+    kind = hashlib.sha256(f"{build.build} {processor()}".encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return ["--cache-dir", str(home / "lmweb" / f"build-{kind}")]
+
+
+def processor() -> str:
+    """Return what compilers find out about the processor: llama.cpp is compiled for exactly this one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    named = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(next((line for line in lines if line.startswith(name)), "") for name in named)
+
+
+def installers(target: Path, listed: Path, options: list[str]) -> Iterator[list[str]]:
     """Yield the commands to try, best first."""
     python = str(target / "bin" / "python")
-    common = ["--require-hashes", "--no-deps", "-r", str(listed)]
-    cache = ["--no-cache" if no_cache else ""]
+    common = [*options, "--require-hashes", "--no-deps", "-r", str(listed)]
     uv = shutil.which("uv")
     if uv:
-        extra = ["--reinstall"] if rebuild else []
-        command = [uv, "pip", "install", "--python", python, "--compile-bytecode", *extra, *cache, *common]
-        yield [part for part in command + (["-v"] if verbose else []) if part]
-    extra = ["--force-reinstall"] if rebuild else []
-    cache = ["--no-cache-dir" if no_cache else ""]
+        yield [uv, "pip", "install", "--python", python, "--compile-bytecode", *common]
     flags = ["--no-input", "--disable-pip-version-check", "--no-warn-script-location"]
-    command = [*pip(target), "--python", python, "install", *flags, *extra, *cache, *common]
-    yield [part for part in command + (["-v"] if verbose else []) if part]
+    yield [*pip(target), "--python", python, "install", *flags, *common]
 
 
 def run(command: list[str], variables: dict[str, str], log: Path, progress: Progress) -> bool:

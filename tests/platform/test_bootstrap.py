@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -93,6 +94,7 @@ def checkout(tmp_path, monkeypatch, unpacked_pip):
         monkeypatch.delenv(name, raising=False)
     made = Checkout(tmp_path / "check out")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_FIND_LINKS", made.wheels.as_uri())
     if unpacked_pip is not None:
         monkeypatch.setattr(bootstrap, "bundled_pip", lambda: unpacked_pip)
@@ -186,6 +188,33 @@ def test_gpu_is_rebuilt_when_asked_and_kept_when_not(checkout, monkeypatch):
     monkeypatch.setenv("LMWEB_GPU", "toaster")
     with pytest.raises(bootstrap.BootstrapError, match="cpu, cuda, metal, vulkan, rocm"):
         checkout.complete()
+
+
+def test_other_options_for_compiling_compile_anew(checkout, monkeypatch, tmp_path):
+    options = tmp_path / "llama.cmake"
+    options.write_text("set(LLAMA_BUILD_COMMON OFF)")
+    monkeypatch.setattr(bootstrap, "BUILD_OPTIONS", options)
+    checkout.make()
+    options.write_text("# another release")
+    assert not checkout.complete()
+    ran = []
+    original = bootstrap.run
+    monkeypatch.setattr(bootstrap, "run", lambda command, *rest: ran.append(command) or original(command, *rest))
+    checkout.make()
+    assert "--force-reinstall" in ran[-1]
+    assert checkout.complete()
+
+
+def test_a_cached_build_is_one_for_this_processor_with_these_options(checkout, monkeypatch):
+    """Home directories are shared between machines, and the installers know nothing of what llama.cpp was compiled for."""
+    state = bootstrap.wanted(checkout.root, checkout.venv, dev=False)
+    name, mine = bootstrap.build_cache(state)
+    assert name == "--cache-dir"
+    assert bootstrap.build_cache(state) == [name, mine]
+    assert bootstrap.build_cache(dataclasses.replace(state, build="other"))[1] != mine
+    monkeypatch.setattr(bootstrap, "processor", lambda: "another one")
+    assert bootstrap.build_cache(state)[1] != mine
+    assert bootstrap.build_cache(dataclasses.replace(state, gpu="cuda")) == ["--no-cache-dir"]
 
 
 def test_missing_compiler_and_cmake_are_named_before_anything_is_done(checkout, monkeypatch):
