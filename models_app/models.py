@@ -144,6 +144,8 @@ class ModelInstance(models.Model):
     status = models.CharField(max_length=16, choices=Status.choices, default=Status.LOADING)
     progress = models.FloatField(default=0.0)
     error = models.TextField(blank=True)
+    error_code = models.CharField(max_length=64, blank=True, help_text="The ``code`` of that error: what programs tell it by.")
+    error_details = models.JSONField(default=dict, blank=True, help_text="Its ``details``, such as the bytes that are missing.")
     config = models.JSONField(default=dict, help_text="The LoadConfig in force, with the sizes that the engine reported.")
     memory_bytes = models.BigIntegerField(null=True)
     load_seconds = models.FloatField(null=True)

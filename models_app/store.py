@@ -362,7 +362,15 @@ class DjangoStore:
 
     def instance_failed(self, instance_id: int, error: str) -> None:
         """Note why a load failed."""
-        self._update_instance(instance_id, status=ModelInstance.Status.FAILED, error=error, note="", last_used_at=timezone.now())
+        self._update_instance(
+            instance_id,
+            status=ModelInstance.Status.FAILED,
+            error=error,
+            error_code=code,
+            error_details=details or {},
+            note="",
+            last_used_at=timezone.now(),
+        )
 
     def instance_gone(self, instance_id: int) -> None:
         """Delete the row."""

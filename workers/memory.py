@@ -164,7 +164,7 @@ def refusal(
         f"{name} needs about {_size(needed_bytes)} of memory, and {_size(max(0, free_bytes))} are free{kept}. "
         + (f"Loaded models hold: {holders}. " if holders else "")
         + f"{advice}, load it with a shorter context, or let an admin lower LMWEB_MODEL_LOADING_GUARDRAILS.",
-        details={"needed_bytes": needed_bytes, "free_bytes": free_bytes, "held_by": _holders(held_by)},
+        details={"needed_bytes": needed_bytes, "free_bytes": max(0, free_bytes), "held_by": _holders(held_by)},
     )
 
 

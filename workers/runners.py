@@ -505,7 +505,7 @@ class Runners:
             self._put_back(wish.left)
         instance = wish.instance
         if instance is not None:
-            self._try_store(lambda: self._store.instance_failed(instance.id, error.message))
+            self._try_store(lambda: self._store.instance_failed(instance.id, error.message, code=info.code, details=error.details))
         self._refuse_all(wish, info, elsewhere=isinstance(error, ModelLoadFailed))
 
     def _refuse_all(self, wish: Wish, info: ErrorInfo, *, elsewhere: bool = False) -> None:

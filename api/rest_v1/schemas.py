@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """What went wrong; ``code`` is for programs."""
+    """What went wrong; ``code`` is for programs. ``details`` is ours, where there are any: the bytes that are missing, and the like."""
 
     type: str
     message: str
     code: str
     param: str | None = None
+    details: dict[str, Any] | UnsetType = UNSET
 
 
 class ErrorResponse(msgspec.Struct, frozen=True):

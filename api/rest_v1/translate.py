@@ -67,10 +67,12 @@ def _iso(moment: datetime) -> str:
 
 def error_response(error: LmwebError) -> ErrorResponse:
     """Return an error in the format of REST v1."""
-    return ErrorResponse(ErrorBody(type=_error_type(error), message=error.message, code=error.code, param=error.param))
+    return ErrorResponse(
+        ErrorBody(type=_error_type(error), message=error.message, code=error.code, param=error.param, details=error.details or UNSET)
+    )
 
 
 def _error_type(error: LmwebError) -> str:
-    if error.code in {"model_not_found", "job_not_found"}:
+    if error.code in {"model_not_found", "job_not_found", "model_load_failed", "insufficient_memory"}:
         return error.code
     return "internal_error" if error.status >= 500 else "invalid_request"
