@@ -74,7 +74,7 @@ ORDER BY g.created_at
 
 _CLAIM_COLUMNS = (
     "id", "user_id", "request", "resumes", "seq", "content", "reasoning", "output_tokens", "tool_calls", "cancel_requested",
-    "model_id", "model_key", "model_format", "model_path", "chat_template", "named_id", "running_limit",
+    "model_id", "model_key", "model_format", "model_path", "chat_template", "named_id", "is_embedding", "running_limit",
 )  # fmt: skip
 _CLAIM = """
 UPDATE models_app_generation AS g
@@ -83,7 +83,8 @@ FROM models_app_installedmodel AS m LEFT JOIN models_app_installedmodel AS b ON 
 WHERE g.id = %s AND g.status = 'queued' AND m.id = g.model_id AND u.id = g.user_id
 AND EXISTS (SELECT FROM workers_workernode AS w WHERE w.name = %s AND w.incarnation = %s AND w.state <> 'draining')
 RETURNING g.id, g.user_id, g.request, g.resumes, g.seq, g.content, g.reasoning, g.output_tokens, g.tool_calls, g.cancel_requested,
-          COALESCE(b.id, m.id), COALESCE(b.key, m.key), m.format, COALESCE(b.path, m.path), m.chat_template_override, m.id, COALESCE(u.running_limit, %s)
+          COALESCE(b.id, m.id), COALESCE(b.key, m.key), m.format, COALESCE(b.path, m.path), m.chat_template_override, m.id,
+          m.type = 'embedding', COALESCE(u.running_limit, %s)
 """
 
 
@@ -360,7 +361,7 @@ class DjangoStore:
             last_used_at=timezone.now(),
         )
 
-    def instance_failed(self, instance_id: int, error: str) -> None:
+    def instance_failed(self, instance_id: int, error: str, *, code: str = "", details: dict[str, Any] | None = None) -> None:
         """Note why a load failed."""
         self._update_instance(
             instance_id,
@@ -415,6 +416,7 @@ def _claim(row: dict[str, Any]) -> Claim:
             path=str(Path(settings.MODELS_DIR) / row["model_path"]),
             chat_template=row["chat_template"],
             named_id=row["named_id"],
+            is_embedding=row["is_embedding"],
         ),
         identifier=request.model,
         running_limit=row["running_limit"],
@@ -445,4 +447,4 @@ def _instance(row: ModelInstance, model: ModelFile) -> Instance:
 
 
 def _model_file(model: InstalledModel) -> ModelFile:
-    return ModelFile(model.pk, model.key, model.format, str(model.file))
+    return ModelFile(model.pk, model.key, model.format, str(model.file), is_embedding=model.type == InstalledModel.Type.EMBEDDING)

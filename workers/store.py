@@ -28,6 +28,7 @@ class ModelFile:
     """A model that can be loaded: row id, key, format, absolute path, and the chat template in place of the file's (empty: none).
 
     ``named_id`` is the row that the request named, a virtual model on this one perhaps; its defaults hold for the load.
+    ``is_embedding``: it turns texts into vectors and does not chat.
     """
 
     id: int
@@ -36,6 +37,7 @@ class ModelFile:
     path: str
     chat_template: str = ""
     named_id: int = 0
+    is_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
