@@ -135,7 +135,7 @@ class ConstraintFactory:
         if matcher is None:
             matcher = LLMatcher(self._tokenizer, _grammar(wanted), log_level=0)
             if matcher.is_error():
-                raise InvalidRequest(f"The response format cannot be used: {_first_line(matcher.get_error())}", param="response_format")
+                raise InvalidRequest(f"The response format cannot be used: {_reason(matcher.get_error())}", param="response_format")
             self._compiled[wanted] = matcher
             if len(self._compiled) > CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
@@ -167,7 +167,7 @@ def _grammar(wanted: OutputFormat) -> str:
             return LLMatcher.grammar_from_regex(wanted.value)
         return LLMatcher.grammar_from_lark(_lark(wanted.value))
     except ValueError as error:
-        raise InvalidRequest(f"The response format cannot be used: {_first_line(str(error))}", param="response_format") from error
+        raise InvalidRequest(f"The response format cannot be used: {_reason(str(error))}", param="response_format") from error
 
 
 def _lark(grammar: str) -> str:
@@ -179,5 +179,8 @@ def _lark(grammar: str) -> str:
     return converted
 
 
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["unknown reason"])[0][:300]
+def _reason(text: str) -> str:
+    """Return the library's reason in one line: its first, and what it says at the end of a picture of the place."""
+    first, *rest = text.strip().splitlines() or ["unknown reason"]
+    found = [line.removeprefix("error: ") for line in rest if line.startswith("error: ")]
+    return " ".join([first, *found[:1]])[:300]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lmweb.errors import InvalidRequest
 from models_app.models import Generation, InstalledModel
 from tests.micro_models import make_micro
 from tests.workers.support import Bench, wait_for
@@ -112,6 +113,21 @@ def test_log_probabilities_belong_to_the_tokens_of_the_answer(bench: Bench, star
         assert item.top_logprobs[0].token == item.token, "greedy takes the likeliest"
         assert sum(math.exp(top.logprob) for top in item.top_logprobs) <= 1.0001
         assert bytes(item.bytes).decode() == item.token
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "reason"),
+    [
+        ("json_schema", '{"type": "string", "pattern": "((("}', "unclosed group"),
+        ("json_schema", '{"type": "string", "pattern": "(?=a)b"}', "look-around"),
+        ("regex", "(((", "unclosed group"),
+    ],
+)
+def test_a_format_that_cannot_be_used_says_what_is_wrong_with_it(starter_gguf: Path, kind: str, value: str, reason: str) -> None:
+    model = Model(str(starter_gguf), gpu_layers=0, on_progress=lambda _fraction: None)
+    with pytest.raises(InvalidRequest, match=reason):
+        ConstraintFactory(model.grammar_tokenizer()).make(OutputFormat(kind=kind, value=value))
+    model.close()
 
 
 def test_blanks_between_the_parts_of_json_are_bounded(starter_gguf: Path) -> None:
