@@ -13,10 +13,11 @@ from workers.events import TokenLogprob
 
 
 class ContentPart(msgspec.Struct, frozen=True):
-    """One part of a message; only ``type`` text is supported."""
+    """One part of a message; only text is supported, and the refusal that an assistant's message may be."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class CalledFunction(msgspec.Struct, frozen=True):
@@ -39,6 +40,7 @@ class Message(msgspec.Struct, frozen=True):
 
     role: str
     content: str | list[ContentPart] | None = None
+    refusal: str | None = None
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
     function_call: Any = None

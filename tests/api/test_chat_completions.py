@@ -338,7 +338,7 @@ BAD = [
     ({"n": 9}, 400, "n", "invalid_request"),
     ({"tools": [{"type": "function"}]}, 400, "tools[0]", "invalid_request"),
     ({"tools": [{"type": "web_search"}]}, 400, "tools[0]", "invalid_request"),
-    ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, 400, "tools[0].name", "invalid_request"),
+    ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, 400, "tools[0].function.name", "invalid_request"),
     ({"tool_choice": "required"}, 400, "tool_choice", "invalid_request"),
     ({"tool_choice": "maybe"}, 400, "tool_choice", "invalid_request"),
     ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, 400, "tool_choice", "invalid_request"),

@@ -54,6 +54,8 @@ def test_sampling(body: dict[str, Any], sampling: dict[str, Any]) -> None:
         ({"role": "system", "content": "x"}, {"role": "system", "content": "x"}),
         ({"role": "developer", "content": "x"}, {"role": "developer", "content": "x"}),
         ({"role": "assistant", "content": "x", "tool_calls": None, "refusal": None}, {"role": "assistant", "content": "x"}),
+        ({"role": "assistant", "content": None, "refusal": "no"}, {"role": "assistant", "content": "no"}),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, {"role": "assistant", "content": "no"}),
         ({"role": "user", "content": "", "name": "ada"}, {"role": "user", "content": ""}),
         ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {"role": "user", "content": "a\nb"}),
         ({"role": "user", "content": "\U0001f600 \u05d0"}, {"role": "user", "content": "\U0001f600 \u05d0"}),
@@ -98,6 +100,17 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "
 )
 def test_tools_and_formats(body: dict[str, Any], expected: dict[str, Any]) -> None:
     assert {name: value for name, value in translated(**body).items() if name not in {"model", "messages", "sampling", "given"}} == expected
+
+
+def test_a_tool_whose_name_cannot_be_used_is_named_as_the_client_wrote_it() -> None:
+    with pytest.raises(errors.InvalidRequest) as caught:
+        translated(tools=[FUNCTION, {"type": "function", "function": {"name": "a b"}}])
+    assert caught.value.param == "tools[1].function.name"
+
+
+def test_only_the_assistant_refuses() -> None:
+    with pytest.raises(errors.InvalidRequest):
+        translated(messages=[{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}])
 
 
 def test_calls_in_messages() -> None:
