@@ -29,6 +29,11 @@ STOP_SECONDS = 5.0
 ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LLAMA_CPP_LIB_PATH")
 ENVIRONMENT_PREFIXES = ("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "GGML_", "OMP_", "VK_", "MTL_")
 
+WRONG_PROCESSOR = (
+    "The engine was compiled for another processor than this machine's. Remove .venv in lmweb's directory there and start it again, "
+    "so that it is compiled anew."
+)
+
 
 class RunnerProcess:
     """A started runner, with two callbacks that run in its reader thread.
@@ -154,6 +159,8 @@ class RunnerProcess:
             return (
                 "The process that read the model was killed, most likely because the machine ran out of memory. Unload other models first."
             )
+        if -code == signal.SIGILL:
+            return WRONG_PROCESSOR
         if code < 0:
             return (
                 f"The engine crashed while it read the file (signal {-code}). The file is damaged, or of a kind that this version of the "
@@ -164,6 +171,8 @@ class RunnerProcess:
     def exit_reason(self) -> str:
         """Say how the process ended."""
         code = self.process.returncode
+        if code == -signal.SIGILL:
+            return WRONG_PROCESSOR
         return f"it was killed by signal {-code}" if code is not None and code < 0 else f"it exited with code {code}"
 
 

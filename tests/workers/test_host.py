@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from django.db.utils import OperationalError
 
 from models_app.models import Generation, InstalledModel, ModelInstance
@@ -65,6 +66,15 @@ def test_a_killed_runner_loses_nothing(bench: Bench, starter: InstalledModel) ->
         assert generation.resumes == 1
         assert generation.content == bench.text(generation)
         assert generation.stats["total_output_tokens"] == whole.stats["total_output_tokens"]
+
+
+def test_an_engine_for_another_processor_is_called_that(bench: Bench, starter: InstalledModel, caplog: pytest.LogCaptureFixture) -> None:
+    generation = bench.create(starter, "What is GGUF?", sampling=LONG)
+    bench.host.generate(str(generation.pk))
+    wait_for(lambda: bench.text(generation))
+    os.kill(next(iter(bench.host.runners.by_id.values())).process.pid, signal.SIGILL)
+    bench.finished(generation)
+    assert "compiled for another processor" in caplog.text
 
 
 def test_sampling_with_a_seed_survives_a_crash(bench: Bench, starter: InstalledModel) -> None:
