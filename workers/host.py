@@ -442,9 +442,26 @@ class Host:
         with closing(self.store.arrivals(ARRIVAL_SECONDS)) as arrivals:
             for generation_ids in arrivals:
                 for generation_id in generation_ids:
-                    self.generate(generation_id)
+                    self._take_up(generation_id)
                 if self._stopping.is_set():
                     return
+
+    def _take_up(self, generation_id: str) -> None:
+        """Put a generation to work. A fault that nobody foresaw is the end of this one, not of the thread that takes up all others."""
+        try:
+            self.generate(generation_id)
+        except DatabaseError:
+            raise
+        except Exception:
+            logger.exception("generation %s cannot be worked on", generation_id)
+            with self._lock:
+                live = self._lives.get(generation_id)
+                if runner := self.runners.of(generation_id):
+                    del runner.running[generation_id]
+            if live is not None:
+                self._fail(
+                    live, ErrorInfo(code="internal_error", message="The server could not work on this request. The log has the details.")
+                )
 
     def _save_loop(self) -> None:
         """Write ends at once, partial texts and leases once a second, for as long as the process lives."""

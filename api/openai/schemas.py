@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from workers.events import TokenLogprob
+from workers.schemas import Int64
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True):
     max_completion_tokens: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
-    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
+    chat_template_kwargs: dict[str, str | Int64 | float | bool | None] | None = None
 
     draft_model: str | None = None
     n: int | None = None

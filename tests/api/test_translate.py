@@ -108,6 +108,20 @@ def test_a_tool_whose_name_cannot_be_used_is_named_as_the_client_wrote_it() -> N
     assert caught.value.param == "tools[1].function.name"
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"logit_bias": {str(10**40): 1}}, "logit_bias"),
+        ({"chat_template_kwargs": {"x": 10**40}}, "chat_template_kwargs"),
+        ({"seed": 2**63}, "seed"),
+    ],
+)
+def test_numbers_that_no_runner_can_hold_are_refused(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(errors.InvalidRequest) as caught:
+        translated(**body)
+    assert caught.value.param == param
+
+
 def test_only_the_assistant_refuses() -> None:
     with pytest.raises(errors.InvalidRequest):
         translated(messages=[{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}])

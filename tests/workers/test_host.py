@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from django.db.utils import OperationalError
@@ -13,6 +14,7 @@ from models_app.models import Generation, InstalledModel, ModelInstance
 from tests.workers.support import GREEDY, Bench, make_host, wait_for
 from workers.events import ChatEnd, ChatStart, Error, MessageDelta, MessageEnd, MessageStart, ModelLoadEnd, ModelLoadStart
 from workers.models import WorkerNode
+from workers.runner_process import RunnerProcess
 from workers.schemas import ChatMessage, SamplingParams
 
 LONG = SamplingParams(temperature=0.0, repeat_penalty=1.0, max_tokens=1500, ignore_eos=True)
@@ -66,6 +68,25 @@ def test_a_killed_runner_loses_nothing(bench: Bench, starter: InstalledModel) ->
         assert generation.resumes == 1
         assert generation.content == bench.text(generation)
         assert generation.stats["total_output_tokens"] == whole.stats["total_output_tokens"]
+
+
+def test_a_request_that_nobody_foresaw_fails_alone(bench: Bench, starter: InstalledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that takes up what arrives is one for all: it goes on."""
+    assert bench.run(starter, "What is GGUF?").status == "completed"
+    send = RunnerProcess.submit
+
+    def submit(runner: RunnerProcess, message: Any) -> None:
+        if "42" in str(message.request):
+            raise OverflowError("Integer value out of range")
+        send(runner, message)
+
+    monkeypatch.setattr(RunnerProcess, "submit", submit)
+    bad = bench.finished(bench.create(starter, "42"))
+    assert (bad.status, bad.error_code) == ("failed", "internal_error")
+    unreadable = bench.create(starter, "What is GGUF?")
+    Generation.objects.filter(pk=unreadable.pk).update(request={"model": 1})
+    assert bench.finished(bench.create(starter, "What is GGUF?")).status == "completed"
+    assert not next(iter(bench.host.runners.by_id.values())).running
 
 
 def test_an_engine_for_another_processor_is_called_that(bench: Bench, starter: InstalledModel, caplog: pytest.LogCaptureFixture) -> None:
