@@ -52,7 +52,7 @@ from workers.events import (
     ToolCallArguments,
     ToolCallStart,
 )
-from workers.schemas import GenerationRequest, Lane, ToolCall
+from workers.schemas import RESERVED_TEMPLATE_NAMES, GenerationRequest, Lane, ToolCall
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
@@ -77,9 +77,6 @@ SAMPLING_NAMES = (
 
 #: OpenAI's words for the effort of reasoning, and LM Studio's, which are ours.
 REASONING_EFFORTS = {"none": "off", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high"}
-
-#: What the chat template is given by us; a request may not replace it.
-RESERVED_TEMPLATE_NAMES = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
 
 _request_decoder = msgspec.json.Decoder(ChatCompletionRequest)
 _FAULT = re.compile(r"^(?P<what>.*?) - at (?P<key>`key` in )?`\$\.?(?P<where>.*)`$", re.DOTALL)
