@@ -34,7 +34,7 @@ class DownloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DownloadJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How far a download is. Sizes are in bytes, times in ISO 8601; which fields are there depends on ``status``.
 
-    ``error`` is ours: why a download failed, or why an admin declined it.
+    ``error`` is ours: why a download failed, why an admin declined it, or that it was cancelled.
     """
 
     status: Literal["downloading", "paused", "completed", "failed", "already_downloaded"]

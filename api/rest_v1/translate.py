@@ -58,6 +58,8 @@ def _download_error(download: Download) -> ErrorBody | UnsetType:
         return ErrorBody(type="download_failed", message=download.error_message, code=download.error_code)
     if download.status == Download.Status.DECLINED:
         return ErrorBody(type="request_declined", message=download.reason, code="request_declined")
+    if download.status == Download.Status.CANCELLED:
+        return ErrorBody(type="download_cancelled", message="The download was cancelled.", code="download_cancelled")
     return UNSET
 
 
