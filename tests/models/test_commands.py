@@ -317,6 +317,14 @@ def test_get(tiny_on_hub: str) -> None:
         run("get", f"{tiny_on_hub}@q8_0", "--json")
 
 
+@pytest.mark.django_db(transaction=True)
+def test_bytes_that_are_no_text_are_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    import manage
+
+    assert manage.django_command(["ls", "\udcff"]) == 1
+    assert capsys.readouterr().err == "An argument is not valid UTF-8.\n"
+
+
 def test_get_says_what_is_wrong(tiny_on_hub: str, hub: Hub) -> None:
     answer = json.loads(run("get", "got", "--yes", "--json", "--no-wait"))
     assert (answer["repo"], answer["status"], answer["modelKey"]) == (tiny_on_hub, "queued", None)
@@ -327,6 +335,12 @@ def test_get_says_what_is_wrong(tiny_on_hub: str, hub: Hub) -> None:
     ):  # fmt: skip
         with pytest.raises(CommandError, match=message):
             run("get", *words)
+    # For a program, what there is to choose from is JSON as well.
+    for words, found in ((["got", "--json"], "models"), ([tiny_on_hub, "--json", "-a"], "quantizations")):
+        out = io.StringIO()
+        with pytest.raises(CommandError, match="Several are possible"):
+            call_command("get", *words, stdout=out)
+        assert json.loads(out.getvalue())[found]
     hub.down = True
     cache.clear()
     with pytest.raises(CommandError, match="cannot be reached"):
