@@ -188,7 +188,13 @@ class DjangoStore:
             with _brief(durable=False):
                 self._refuse_without_model(generation_id)
             return None
-        return _claim(dict(zip(_CLAIM_COLUMNS, row, strict=True)))
+        try:
+            return _claim(dict(zip(_CLAIM_COLUMNS, row, strict=True)))
+        except msgspec.MsgspecError:
+            logger.exception("the request of generation %s cannot be read", generation_id)
+            with _brief(durable=False):
+                self._refuse_unreadable(generation_id)
+            return None
 
     def save(self, progress: list[Progress]) -> tuple[set[str], set[str]]:
         """Save all partial texts of a second, and the leases with them, in one statement."""
@@ -394,13 +400,25 @@ class DjangoStore:
     @staticmethod
     def _refuse_without_model(generation_id: str) -> None:
         """End a generation whose model was deleted before anybody could take it."""
-        Generation.objects.filter(pk=generation_id, status=Generation.Status.QUEUED, model=None).update(
-            status=Generation.Status.FAILED,
-            error_code="model_not_found",
-            error_message="The model was deleted before it could answer.",
-            stats=msgspec.to_builtins(Stats(stop_reason="failed")),
-            finished_at=timezone.now(),
-        )
+        waiting = Generation.objects.filter(pk=generation_id, status=Generation.Status.QUEUED, model=None)
+        waiting.update(**_failure("model_not_found", "The model was deleted before it could answer."))
+
+    @staticmethod
+    def _refuse_unreadable(generation_id: str) -> None:
+        """End a generation whose stored request this release cannot read: it would be claimed again and again."""
+        words = "This request was stored by another release of the server, which this one cannot read. Please send it again."
+        Generation.objects.filter(pk=generation_id).update(**_failure("generation_interrupted", words))
+
+
+def _failure(code: str, message: str) -> dict[str, Any]:
+    """Return the columns of a generation that has failed before it began."""
+    return {
+        "status": Generation.Status.FAILED,
+        "error_code": code,
+        "error_message": message,
+        "stats": msgspec.to_builtins(Stats(stop_reason="failed")),
+        "finished_at": timezone.now(),
+    }
 
 
 def _claim(row: dict[str, Any]) -> Claim:

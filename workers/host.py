@@ -46,6 +46,8 @@ TELL_SECONDS = 1.0
 DATABASE_RETRY_SECONDS = 0.5
 #: Without news, the rows are looked at after this time.
 ARRIVAL_SECONDS = 2.0
+#: What people are told of a fault that nobody foresaw.
+BROKEN = ErrorInfo(code="internal_error", message="The server could not work on this request. The log has the details.")
 
 
 class Host:
@@ -258,6 +260,15 @@ class Host:
         return [] if live.seq else [ChatStart(model_instance_id=live.instance_id)]
 
     def _submit(self, runner: RunnerProcess, live: Live) -> None:
+        """Hand a generation to its runner. What cannot be sent is the end of this one, not of the thread that brought it here."""
+        try:
+            self._hand_in(runner, live)
+        except Exception:
+            logger.exception("generation %s cannot be handed to %s", live.id, runner.identifier)
+            runner.running.pop(live.id, None)
+            self._fail(live, BROKEN)
+
+    def _hand_in(self, runner: RunnerProcess, live: Live) -> None:
         runner.last_used_at = time.monotonic()
         runner.running[live.id] = live
         with live.lock:
@@ -454,14 +465,8 @@ class Host:
             raise
         except Exception:
             logger.exception("generation %s cannot be worked on", generation_id)
-            with self._lock:
-                live = self._lives.get(generation_id)
-                if runner := self.runners.of(generation_id):
-                    del runner.running[generation_id]
-            if live is not None:
-                self._fail(
-                    live, ErrorInfo(code="internal_error", message="The server could not work on this request. The log has the details.")
-                )
+            if live := self._lives.get(generation_id):
+                self._fail(live, BROKEN)
 
     def _save_loop(self) -> None:
         """Write ends at once, partial texts and leases once a second, for as long as the process lives."""

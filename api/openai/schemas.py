@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 from workers.events import TokenLogprob
 from workers.schemas import Int64
+
+#: The database writes larger ones as whole numbers, which then are too large.
+SmallFloat = Annotated[float, Meta(ge=-(2.0**63), lt=2.0**63)]
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
@@ -121,7 +124,7 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True):
     max_completion_tokens: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
-    chat_template_kwargs: dict[str, str | Int64 | float | bool | None] | None = None
+    chat_template_kwargs: dict[str, str | Int64 | SmallFloat | bool | None] | None = None
 
     draft_model: str | None = None
     n: int | None = None

@@ -113,6 +113,7 @@ def test_a_tool_whose_name_cannot_be_used_is_named_as_the_client_wrote_it() -> N
     [
         ({"logit_bias": {str(10**40): 1}}, "logit_bias"),
         ({"chat_template_kwargs": {"x": 10**40}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"x": 1e308}}, "chat_template_kwargs"),
         ({"seed": 2**63}, "seed"),
     ],
 )

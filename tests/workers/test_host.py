@@ -83,10 +83,22 @@ def test_a_request_that_nobody_foresaw_fails_alone(bench: Bench, starter: Instal
     monkeypatch.setattr(RunnerProcess, "submit", submit)
     bad = bench.finished(bench.create(starter, "42"))
     assert (bad.status, bad.error_code) == ("failed", "internal_error")
-    unreadable = bench.create(starter, "What is GGUF?")
-    Generation.objects.filter(pk=unreadable.pk).update(request={"model": 1})
+    runner = next(iter(bench.host.runners.by_id.values()))
+    assert not runner.running
+    bench.host.unload(runner.instance.id)
+    wait_for(lambda: not bench.host.runners.by_id)
+    bad = bench.finished(bench.create(starter, "42"))  # handed in by another thread, that of the runner which has loaded
+    assert (bad.status, bad.error_code) == ("failed", "internal_error")
     assert bench.finished(bench.create(starter, "What is GGUF?")).status == "completed"
-    assert not next(iter(bench.host.runners.by_id.values())).running
+
+
+def test_a_request_that_this_release_cannot_read_ends(bench: Bench, starter: InstalledModel) -> None:
+    generation = bench.create(starter, "What is GGUF?")
+    Generation.objects.filter(pk=generation.pk).update(request={"model": 1})
+    bench.host.generate(str(generation.pk))
+    generation.refresh_from_db()
+    assert (generation.status, generation.error_code) == ("failed", "generation_interrupted")
+    assert bench.run(starter, "What is GGUF?").status == "completed"
 
 
 def test_an_engine_for_another_processor_is_called_that(bench: Bench, starter: InstalledModel, caplog: pytest.LogCaptureFixture) -> None:
