@@ -95,6 +95,11 @@ class InstalledModel(models.Model):
         """Return the absolute path of the (first) weights file."""
         return Path(settings.MODELS_DIR) / (self.base.path if self.base else self.path)
 
+    @property
+    def weights_bytes(self) -> int:
+        """Return the size of its weights; ``size_bytes`` is what it takes on the disk itself, nothing if it is virtual."""
+        return (self.base or self).size_bytes
+
 
 class ModelFile(models.Model):
     """One file of a model on disk. A projector may belong to several quantizations of the same model."""

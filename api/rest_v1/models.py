@@ -160,7 +160,7 @@ async def unload_model(request: HttpRequest) -> HttpResponse:
 def _models(principal: Principal) -> Models:
     require(principal, Action.READ_MODELS)
     ready = Prefetch("instances", ModelInstance.objects.filter(status=S.READY).order_by("identifier"))
-    return Models([_model(model) for model in InstalledModel.objects.visible_to(principal).prefetch_related(ready)])
+    return Models([_model(model) for model in InstalledModel.objects.visible_to(principal).select_related("base").prefetch_related(ready)])
 
 
 def _begin_load(principal: Principal, body: LoadRequest) -> ModelInstance:
@@ -192,7 +192,7 @@ def _model(model: InstalledModel) -> Model:
         display_name=model.display_name,
         architecture=model.architecture,
         quantization=quantization,
-        size_bytes=model.size_bytes,
+        size_bytes=model.weights_bytes,
         params_string=model.params_string or None,
         loaded_instances=[Instance(instance.identifier, _config(instance.config)) for instance in model.instances.all()],
         max_context_length=model.max_context_length,
