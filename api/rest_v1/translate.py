@@ -75,6 +75,5 @@ def error_response(error: LmwebError) -> ErrorResponse:
 
 
 def _error_type(error: LmwebError) -> str:
-    if error.code in {"model_not_found", "job_not_found", "model_load_failed", "insufficient_memory"}:
-        return error.code
-    return "internal_error" if error.status >= 500 else "invalid_request"
+    named = error.status >= 500 or error.code in {"model_not_found", "job_not_found"}
+    return error.code if named else "invalid_request"
