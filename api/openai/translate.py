@@ -230,7 +230,7 @@ def invalid(error: msgspec.ValidationError, max_tokens: str = "max_tokens") -> I
     message = str(error)
     fault = _FAULT.match(message)
     what, where = (fault["what"], fault["where"].removeprefix("sampling.").removesuffix("[...]")) if fault else (message, "")
-    where = {"max_tokens": max_tokens, "ttl_seconds": "ttl"}.get(where, where)
+    where = {"max_tokens": max_tokens, "ttl_seconds": "ttl", "output_format.value": "response_format"}.get(where, where)
     where = _OUR_TOOL.sub(r"\g<0>.function", where)
     missing = _MISSING.match(what)
     if missing:

@@ -123,6 +123,12 @@ def test_numbers_that_no_runner_can_hold_are_refused(body: dict[str, Any], param
     assert caught.value.param == param
 
 
+def test_a_schema_that_is_too_large_is_called_by_the_client_s_name() -> None:
+    with pytest.raises(errors.InvalidRequest) as caught:
+        translated(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["x" * 300_000]}}})
+    assert caught.value.param == "response_format"
+
+
 def test_only_the_assistant_refuses() -> None:
     with pytest.raises(errors.InvalidRequest):
         translated(messages=[{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}])
