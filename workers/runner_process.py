@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import psutil
 
 from workers.engines.registry import FORMATS
@@ -143,8 +142,8 @@ class RunnerProcess:
                     self._on_message(self, message)  # type: ignore[arg-type]
         except (EOFError, OSError):
             pass
-        except (ValueError, msgspec.ValidationError):
-            logger.exception("runner %s sent something that is no message; it is ended", self.identifier)
+        except Exception:
+            logger.exception("runner %s is ended: what it sent is no message, or could not be handled", self.identifier)
         self.process.kill()
         self.process.wait()
         self._channel.close()

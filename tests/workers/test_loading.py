@@ -190,6 +190,23 @@ def test_a_busy_model_does_not_expire(bench: Bench, models: list[InstalledModel]
     assert bench.finished(generation).status == "completed"
 
 
+def test_a_fault_that_nobody_foresaw_ends_one_load(bench: Bench, models: list[InstalledModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that decides about loads is one for all."""
+    estimate = bench.host.store.memory_estimate
+
+    def surprise(instance: Any) -> Any:
+        if instance.model.key == "test/a":
+            raise RuntimeError("surprise")
+        return estimate(instance)
+
+    monkeypatch.setattr(bench.host.store, "memory_estimate", surprise)
+    failed = ask(bench, models[0])
+    assert (failed.status, failed.error_code) == ("failed", "model_load_failed")
+    assert "RuntimeError" in failed.error
+    assert bench.run(models[0], "to be", sampling=SHORT).error_code == "model_load_failed"
+    assert ask(bench, models[1]).status == "ready"
+
+
 # --- auto-evict -----------------------------------------------------------------------------------------------------------
 
 
