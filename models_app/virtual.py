@@ -154,6 +154,13 @@ def install(*, principal: Principal | None, text: str) -> InstalledModel:
     """Add the virtual model of a ``model.yaml``. Raises ``PermissionDenied``, ``InvalidRequest`` or ``Conflict``."""
     if principal:
         require(principal, Action.CHANGE_DEFAULTS)
+    row = read(text)
+    row.imported_by = principal.user if principal else None
+    return _store(row, text)
+
+
+def read(text: str) -> InstalledModel:
+    """Return the virtual model of a ``model.yaml``, stored nowhere. Raises ``InvalidRequest``, or ``Conflict`` if its name is taken."""
     document = parse(text)
     publisher, name = naming.parse_user_repo(document.model)
     found = _find_base(document)
@@ -179,7 +186,6 @@ def install(*, principal: Principal | None, text: str) -> InstalledModel:
         chat_template=base.chat_template,
         chat_template_override=found.chat_template_override,
         custom_fields=_custom_fields(found, document),
-        imported_by=principal.user if principal else None,
     )
     row.load_defaults = {**found.load_defaults, **_settings(document.config.load, LOAD)}
     load_config(row)  # says what is wrong with it
@@ -191,7 +197,13 @@ def install(*, principal: Principal | None, text: str) -> InstalledModel:
     row.inference_defaults = msgspec.to_builtins(
         msgspec.structs.replace(inherited, sampling={**inherited.sampling, **sampling}, system_prompt=prompt or inherited.system_prompt)
     )
-    return _store(row, text)
+    if InstalledModel.objects.filter(key=row.key).exists():
+        raise _taken(row)
+    return row
+
+
+def _taken(row: InstalledModel) -> Conflict:
+    return Conflict(f"There is a model named {row.key} already.", param="file")
 
 
 def _store(row: InstalledModel, text: str) -> InstalledModel:
@@ -201,7 +213,7 @@ def _store(row: InstalledModel, text: str) -> InstalledModel:
             row.save(force_insert=True)
             placement.write_new(file, text)
     except IntegrityError:
-        raise Conflict(f"There is a model named {row.key} already.", param="file") from None
+        raise _taken(row) from None
     return row
 
 

@@ -86,10 +86,18 @@ def test_import_in_json(micro: Path) -> None:
     assert facts["maxContextLength"] == 2048
 
 
-def test_dry_run_changes_nothing(micro: Path) -> None:
+def test_dry_run_changes_nothing(micro: Path, tmp_path: Path) -> None:
     assert "Would move" in run("import_model", str(micro), "--dry-run")
+    assert json.loads(run("import_model", str(micro), "--dry-run", "--json"))["dryRun"] is True
     assert micro.exists()
     assert not InstalledModel.objects.exists()
+    run("import_model", str(micro), "--copy", "--user-repo", "acme/base")
+    virtual = tmp_path / "model.yaml"
+    virtual.write_text("model: acme/other\nbase: acme/base\n")
+    assert "Would add acme/other" in run("import_model", str(virtual), "--dry-run")
+    assert not InstalledModel.objects.filter(key="acme/other").exists()
+    with pytest.raises(CommandError, match="file or a directory"):
+        run("import_model", "--scan", "--dry-run")
 
 
 def test_starter_comes_back(boss: Any) -> None:
