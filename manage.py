@@ -19,7 +19,10 @@ Usage: python3 manage.py COMMAND [OPTIONS]
   worker               run models on this machine for another one's installation
   node list            the machines that run models; token lets another one in, drain empties one
   token create         make an API token (--user NAME --name LABEL)
+  get MODEL            find a model on the Hugging Face Hub and download it
   import_model FILE    add a GGUF file to My Models
+  ls, ps               the models on disk; those in memory
+  load, unload MODEL   bring a model into memory, or free it; estimate says what it takes
   createsuperuser      make an admin
   shell                a Python prompt with the models loaded
   test                 run the tests; lint: run the linters
@@ -40,10 +43,10 @@ def main(arguments: list[str]) -> int:
     if sys.version_info < (3, 11):  # noqa: UP036  (this very file may be started by an older one)
         print(f"lmweb needs Python 3.11 or newer; this is {sys.version.split()[0]}.", file=sys.stderr)
         return 1
-    if not arguments or arguments in (["help"], ["--help"], ["-h"]):
+    arguments = take_data_dir(arguments)
+    if arguments in (["help"], ["--help"], ["-h"]):
         print(USAGE)
         return 0
-    arguments = take_data_dir(arguments)
     command = arguments[0]
 
     from lmweb import bootstrap, env
@@ -113,6 +116,9 @@ def django_command(arguments: list[str]) -> int:
         return 1
     except LmwebError as error:
         print(error.message, file=sys.stderr)
+        return 1
+    except UnicodeEncodeError:  # bytes that are no text, on their way to the database
+        print("An argument is not valid UTF-8.", file=sys.stderr)
         return 1
     return 0
 

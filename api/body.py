@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 from django.http import HttpRequest, HttpResponse
@@ -13,6 +13,9 @@ from lmweb.decoding import decode_json
 from lmweb.errors import InvalidRequest
 
 T = TypeVar("T")
+
+#: The methods of routes that only read; the server leaves out the body of an answer to HEAD.
+READ: Final = ["GET", "HEAD"]
 
 _encoder = msgspec.json.Encoder()
 _FAULT = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<where>.*)`)?$", re.DOTALL)

@@ -17,12 +17,12 @@ from django.core.handlers.exception import convert_exception_to_response
 
 from lmweb.body_limits import Receive, Scope, Send
 
-PREFIXES = ("/v1/", "/api/v1/")
+PREFIXES = ("/v1/", "/api/")
 
 
 def is_api_path(path: str) -> bool:
-    """Return whether this path belongs to an API dialect."""
-    return path.startswith(PREFIXES)
+    """Return whether this path is one of programs: what is below it and unknown is told in their format, not as a page."""
+    return f"{path}/".startswith(PREFIXES)
 
 
 class ApiRequest(ASGIRequest):

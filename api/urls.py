@@ -15,7 +15,7 @@ urlpatterns = [
 
 
 def _error(request: HttpRequest, error: LmwebError) -> HttpResponse:
-    render = rest_v1_error if request.path.startswith("/api/v1/") else openai_error
+    render = rest_v1_error if request.path.startswith("/api") else openai_error
     return render(error)
 
 

@@ -26,6 +26,10 @@ class LimitedRequest(daphne.http_protocol.WebRequest):
     refused = False
     timer: Any = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Twisted would parse forms, which Django does, and answer those that it does not understand itself, without a body.
+        super().__init__(*args, **kwargs, parsePOSTFormSubmission=False)
+
     def gotLength(self, length: int | None) -> None:  # noqa: N802  (Twisted's name)
         """Check the declared length, and start the clock."""
         super().gotLength(length)

@@ -58,7 +58,7 @@ VARIABLES: dict[str, Variable] = {
         Variable(
             "LMWEB_AUTO_EVICT",
             "on",
-            "When a request loads a model, unload others that requests loaded: on (always), needed (if memory is short) or off.",
+            "When a request loads a model, unload others that requests loaded: on (always, language and embedding models apart), needed (if memory is short) or off.",
             ("on", "needed", "off"),
         ),
         Variable(

@@ -176,7 +176,7 @@ def model_info(model: InstalledModel) -> dict[str, Any]:
         "displayName": model.display_name,
         "publisher": model.publisher,
         "path": model.path,
-        "sizeBytes": model.size_bytes,
+        "sizeBytes": model.weights_bytes,
         "paramsString": model.params_string,
         "architecture": model.architecture,
         "quantization": {"name": model.quantization, "bits": model.bits_per_weight},

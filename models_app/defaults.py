@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -18,6 +19,8 @@ from workers.schemas import AnyRequest, ChatMessage, GenerationRequest, LoadConf
 T = TypeVar("T")
 
 MAX_SYSTEM_PROMPT = 100_000
+
+_SIGNS = {"<=": "at most", "<": "less than", ">=": "at least", ">": "more than"}
 
 
 class InferenceDefaults(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
@@ -116,4 +119,12 @@ def _convert(data: Mapping[str, Any], kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$.")
         name = path.rstrip("`").split("[")[0] or None
-        raise InvalidRequest(f"{name or 'A setting'}: {text[:1].lower()}{text[1:]}.", param=name) from None
+        raise InvalidRequest(f"{name or 'A setting'} {_in_words(text)}.", param=name) from None
+
+
+def _in_words(text: str) -> str:
+    """Return what msgspec says is wrong with a value, for people."""
+    bound = re.match(r"Expected `\w+` (?P<sign>[<>]=?) (?P<limit>\S+)$", text)
+    if bound is None:
+        return f"is not right: {text[:1].lower()}{text[1:]}".replace("`", "")
+    return f"must be {_SIGNS[bound['sign']]} {bound['limit'].removesuffix('.0')}"

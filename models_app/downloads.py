@@ -71,7 +71,7 @@ def find(text: str, quantization: str = "") -> Found:
     repository = hub.repository(reference.repo)
     offered = variants(repository)
     if not offered:
-        raise InvalidRequest(f"{reference.repo} has no model in a format that runs here (GGUF).", param="model")
+        raise InvalidRequest(f"{reference.repo} has no complete model in a format that runs here (GGUF).", param="model")
     wanted = quantization or reference.quantization
     if wanted:
         chosen = find_variant(offered, wanted)

@@ -18,7 +18,7 @@ from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from lmweb.access import Action, Principal, require
-from lmweb.errors import Conflict, InvalidRequest, ServiceUnavailable
+from lmweb.errors import Conflict, InvalidRequest, ModelLoadFailed, ServiceUnavailable, error_class
 from models_app import naming, routing
 from models_app.defaults import check_config, load_config, set_load_defaults
 from models_app.drafts import check_draft, draft_file
@@ -211,6 +211,23 @@ def request_load(
         raise Conflict(f"'{name or model.key}' was loaded by somebody else at this moment. Try again.", param="identifier") from None
     routing.forget()
     return instance
+
+
+def loading_state(instance: ModelInstance) -> ModelInstance:
+    """Return the row of a load as it is now. Raises the error that the load ended with: a ``ModelLoadFailed`` or one of its kind."""
+    now = ModelInstance.objects.select_related("model").filter(pk=instance.pk).first()
+    if now is None or now.status == S.UNLOADING:
+        raise ModelLoadFailed(f"{instance.identifier} was unloaded while it was being loaded.")
+    if now.status == S.FAILED:
+        raise _load_error(now)
+    return now
+
+
+def _load_error(instance: ModelInstance) -> ModelLoadFailed:
+    kind = error_class(instance.error_code)
+    if issubclass(kind, ModelLoadFailed) and kind is not ModelLoadFailed:  # it names the model by itself
+        return kind(instance.error, details=instance.error_details)
+    return ModelLoadFailed(f"{instance.identifier} could not be loaded: {instance.error}", details=instance.error_details)
 
 
 def _take_identifier(name: str | None, model: InstalledModel, node: WorkerNode) -> str:

@@ -95,6 +95,11 @@ class InstalledModel(models.Model):
         """Return the absolute path of the (first) weights file."""
         return Path(settings.MODELS_DIR) / (self.base.path if self.base else self.path)
 
+    @property
+    def weights_bytes(self) -> int:
+        """Return the size of its weights; ``size_bytes`` is what it takes on the disk itself, nothing if it is virtual."""
+        return (self.base or self).size_bytes
+
 
 class ModelFile(models.Model):
     """One file of a model on disk. A projector may belong to several quantizations of the same model."""
@@ -144,6 +149,8 @@ class ModelInstance(models.Model):
     status = models.CharField(max_length=16, choices=Status.choices, default=Status.LOADING)
     progress = models.FloatField(default=0.0)
     error = models.TextField(blank=True)
+    error_code = models.CharField(max_length=64, blank=True, help_text="The ``code`` of that error: what programs tell it by.")
+    error_details = models.JSONField(default=dict, blank=True, help_text="Its ``details``, such as the bytes that are missing.")
     config = models.JSONField(default=dict, help_text="The LoadConfig in force, with the sizes that the engine reported.")
     memory_bytes = models.BigIntegerField(null=True)
     load_seconds = models.FloatField(null=True)

@@ -44,6 +44,7 @@ SELECT n.name, n.state, n.free_memory_bytes, n.total_memory_bytes, n.hardware, n
             'id', i.id, 'model', i.model_id, 'identifier', i.identifier,
             'status', CASE WHEN i.status = 'loading' AND i.note <> '' THEN 'waiting' ELSE i.status END, 'slots', i.config -> 'parallel',
             'memory_bytes', i.memory_bytes, 'size_bytes', m.size_bytes, 'is_movable', i.jit AND NOT i.pinned,
+            'is_embedding', m.type = 'embedding',
             'unused_seconds', EXTRACT(EPOCH FROM statement_timestamp() - i.last_used_at)))
         FROM models_app_modelinstance i JOIN models_app_installedmodel m ON m.id = i.model_id WHERE i.node_id = n.name
         AND NOT (i.status = 'failed' AND i.last_used_at < statement_timestamp() - make_interval(secs => %s))),
@@ -130,7 +131,14 @@ def _current() -> dict[str, Node]:
 
 
 def _wanted(model: InstalledModel, identifier: str, **fields: Any) -> Wanted:
-    return Wanted(model=model.base_id or model.pk, name=model.key, format=model.format, identifier=identifier, **fields)
+    return Wanted(
+        model=model.base_id or model.pk,
+        name=model.key,
+        format=model.format,
+        identifier=identifier,
+        is_embedding=model.type == InstalledModel.Type.EMBEDDING,
+        **fields,
+    )
 
 
 def _chat(request: AnyRequest, owner: int) -> bytes:

@@ -74,7 +74,7 @@ ORDER BY g.created_at
 
 _CLAIM_COLUMNS = (
     "id", "user_id", "request", "resumes", "seq", "content", "reasoning", "output_tokens", "tool_calls", "cancel_requested",
-    "model_id", "model_key", "model_format", "model_path", "chat_template", "named_id", "running_limit",
+    "model_id", "model_key", "model_format", "model_path", "chat_template", "named_id", "is_embedding", "running_limit",
 )  # fmt: skip
 _CLAIM = """
 UPDATE models_app_generation AS g
@@ -83,7 +83,8 @@ FROM models_app_installedmodel AS m LEFT JOIN models_app_installedmodel AS b ON 
 WHERE g.id = %s AND g.status = 'queued' AND m.id = g.model_id AND u.id = g.user_id
 AND EXISTS (SELECT FROM workers_workernode AS w WHERE w.name = %s AND w.incarnation = %s AND w.state <> 'draining')
 RETURNING g.id, g.user_id, g.request, g.resumes, g.seq, g.content, g.reasoning, g.output_tokens, g.tool_calls, g.cancel_requested,
-          COALESCE(b.id, m.id), COALESCE(b.key, m.key), m.format, COALESCE(b.path, m.path), m.chat_template_override, m.id, COALESCE(u.running_limit, %s)
+          COALESCE(b.id, m.id), COALESCE(b.key, m.key), m.format, COALESCE(b.path, m.path), m.chat_template_override, m.id,
+          m.type = 'embedding', COALESCE(u.running_limit, %s)
 """
 
 
@@ -187,7 +188,13 @@ class DjangoStore:
             with _brief(durable=False):
                 self._refuse_without_model(generation_id)
             return None
-        return _claim(dict(zip(_CLAIM_COLUMNS, row, strict=True)))
+        try:
+            return _claim(dict(zip(_CLAIM_COLUMNS, row, strict=True)))
+        except msgspec.MsgspecError:
+            logger.exception("the request of generation %s cannot be read", generation_id)
+            with _brief(durable=False):
+                self._refuse_unreadable(generation_id)
+            return None
 
     def save(self, progress: list[Progress]) -> tuple[set[str], set[str]]:
         """Save all partial texts of a second, and the leases with them, in one statement."""
@@ -360,9 +367,17 @@ class DjangoStore:
             last_used_at=timezone.now(),
         )
 
-    def instance_failed(self, instance_id: int, error: str) -> None:
+    def instance_failed(self, instance_id: int, error: str, *, code: str = "", details: dict[str, Any] | None = None) -> None:
         """Note why a load failed."""
-        self._update_instance(instance_id, status=ModelInstance.Status.FAILED, error=error, note="", last_used_at=timezone.now())
+        self._update_instance(
+            instance_id,
+            status=ModelInstance.Status.FAILED,
+            error=error,
+            error_code=code,
+            error_details=details or {},
+            note="",
+            last_used_at=timezone.now(),
+        )
 
     def instance_gone(self, instance_id: int) -> None:
         """Delete the row."""
@@ -385,13 +400,25 @@ class DjangoStore:
     @staticmethod
     def _refuse_without_model(generation_id: str) -> None:
         """End a generation whose model was deleted before anybody could take it."""
-        Generation.objects.filter(pk=generation_id, status=Generation.Status.QUEUED, model=None).update(
-            status=Generation.Status.FAILED,
-            error_code="model_not_found",
-            error_message="The model was deleted before it could answer.",
-            stats=msgspec.to_builtins(Stats(stop_reason="failed")),
-            finished_at=timezone.now(),
-        )
+        waiting = Generation.objects.filter(pk=generation_id, status=Generation.Status.QUEUED, model=None)
+        waiting.update(**_failure("model_not_found", "The model was deleted before it could answer."))
+
+    @staticmethod
+    def _refuse_unreadable(generation_id: str) -> None:
+        """End a generation whose stored request this release cannot read: it would be claimed again and again."""
+        words = "This request was stored by another release of the server, which this one cannot read. Please send it again."
+        Generation.objects.filter(pk=generation_id).update(**_failure("generation_interrupted", words))
+
+
+def _failure(code: str, message: str) -> dict[str, Any]:
+    """Return the columns of a generation that has failed before it began."""
+    return {
+        "status": Generation.Status.FAILED,
+        "error_code": code,
+        "error_message": message,
+        "stats": msgspec.to_builtins(Stats(stop_reason="failed")),
+        "finished_at": timezone.now(),
+    }
 
 
 def _claim(row: dict[str, Any]) -> Claim:
@@ -407,6 +434,7 @@ def _claim(row: dict[str, Any]) -> Claim:
             path=str(Path(settings.MODELS_DIR) / row["model_path"]),
             chat_template=row["chat_template"],
             named_id=row["named_id"],
+            is_embedding=row["is_embedding"],
         ),
         identifier=request.model,
         running_limit=row["running_limit"],
@@ -437,4 +465,4 @@ def _instance(row: ModelInstance, model: ModelFile) -> Instance:
 
 
 def _model_file(model: InstalledModel) -> ModelFile:
-    return ModelFile(model.pk, model.key, model.format, str(model.file))
+    return ModelFile(model.pk, model.key, model.format, str(model.file), is_embedding=model.type == InstalledModel.Type.EMBEDDING)

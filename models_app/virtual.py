@@ -20,6 +20,7 @@ from models_app import naming, placement
 from models_app.catalog import SafeLoader
 from models_app.defaults import InferenceDefaults, check_sampling, load_config
 from models_app.models import InstalledModel
+from workers.schemas import RESERVED_TEMPLATE_NAMES
 
 MAX_BYTES: Final = 256 * 1024
 FILE_NAME: Final = "model.yaml"
@@ -140,19 +141,31 @@ def parse(text: str) -> Document:
         raise InvalidRequest(f"The file is larger than {MAX_BYTES // 1024} KiB.", param="file")
     try:
         data = yaml.load(text, Loader=SafeLoader)  # noqa: S506  (a SafeLoader)
-        return convert(data, Document)
+        document = convert(data, Document)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         what = str(error).splitlines()[0] if isinstance(error, msgspec.ValidationError) else "it is not valid YAML"
         raise InvalidRequest(f"This is no model.yaml: {what[:300]}.", param="file") from None
+    taken = RESERVED_TEMPLATE_NAMES & {effect.variable for field in document.custom_fields for effect in field.effects}
+    if taken:
+        raise InvalidRequest(f"No switch can set '{min(taken)}' of the chat template: lmweb sets it itself.", param="file")
+    return document
 
 
 def install(*, principal: Principal | None, text: str) -> InstalledModel:
     """Add the virtual model of a ``model.yaml``. Raises ``PermissionDenied``, ``InvalidRequest`` or ``Conflict``."""
     if principal:
         require(principal, Action.CHANGE_DEFAULTS)
+    row = read(text)
+    row.imported_by = principal.user if principal else None
+    return _store(row, text)
+
+
+def read(text: str) -> InstalledModel:
+    """Return the virtual model of a ``model.yaml``, stored nowhere. Raises ``InvalidRequest``, or ``Conflict`` if its name is taken."""
     document = parse(text)
     publisher, name = naming.parse_user_repo(document.model)
-    base = _find_base(document)
+    found = _find_base(document)
+    base = found.base or found
     key = naming.make_key(publisher, name)
     facts = document.metadata_overrides
     row = InstalledModel(
@@ -169,24 +182,29 @@ def install(*, principal: Principal | None, text: str) -> InstalledModel:
         size_bytes=0,
         max_context_length=base.max_context_length,
         format=base.format,
-        capabilities={**base.capabilities, **_capabilities(facts)},
+        capabilities={**found.capabilities, **_capabilities(facts)},
         path=f"{publisher}/{name}/{FILE_NAME}",
         chat_template=base.chat_template,
-        chat_template_override=base.chat_template_override,
-        custom_fields=msgspec.to_builtins(document.custom_fields),
-        imported_by=principal.user if principal else None,
+        chat_template_override=found.chat_template_override,
+        custom_fields=_custom_fields(found, document),
     )
-    row.load_defaults = {**base.load_defaults, **_settings(document.config.load, LOAD)}
+    row.load_defaults = {**found.load_defaults, **_settings(document.config.load, LOAD)}
     load_config(row)  # says what is wrong with it
     sampling = _settings(document.config.operation, OPERATION)
     check_sampling(sampling)
     prompts = [field.value for field in document.config.operation.fields if field.key == "llm.prediction.systemPrompt"]
     prompt = prompts[0] if prompts and isinstance(prompts[0], str) else ""
-    inherited = convert(base.inference_defaults, InferenceDefaults)
+    inherited = convert(found.inference_defaults, InferenceDefaults)
     row.inference_defaults = msgspec.to_builtins(
         msgspec.structs.replace(inherited, sampling={**inherited.sampling, **sampling}, system_prompt=prompt or inherited.system_prompt)
     )
-    return _store(row, text)
+    if InstalledModel.objects.filter(key=row.key).exists():
+        raise _taken(row)
+    return row
+
+
+def _taken(row: InstalledModel) -> Conflict:
+    return Conflict(f"There is a model named {row.key} already.", param="file")
 
 
 def _store(row: InstalledModel, text: str) -> InstalledModel:
@@ -196,12 +214,18 @@ def _store(row: InstalledModel, text: str) -> InstalledModel:
             row.save(force_insert=True)
             placement.write_new(file, text)
     except IntegrityError:
-        raise Conflict(f"There is a model named {row.key} already.", param="file") from None
+        raise _taken(row) from None
     return row
 
 
+def _custom_fields(found: InstalledModel, document: Document) -> list[dict[str, Any]]:
+    """Return the switches of the model that this one stands on, and its own, which replace those of the same key."""
+    fields = {field["key"]: field for field in (*found.custom_fields, *msgspec.to_builtins(document.custom_fields))}
+    return list(fields.values())
+
+
 def _find_base(document: Document) -> InstalledModel:
-    """Return the first of the bases that is installed, down to one with weights. Raises ``InvalidRequest``."""
+    """Return the first of the bases that is installed; it may be virtual itself. Raises ``InvalidRequest``."""
     wanted = [Base(key=document.base)] if isinstance(document.base, str) else document.base
     names = [name for base in wanted for name in (base.key, *(f"{s.user}/{s.repo}" for s in base.sources if s.user and s.repo)) if name]
     for name in names:
@@ -210,7 +234,7 @@ def _find_base(document: Document) -> InstalledModel:
         key = naming.make_key(*name.split("/"))
         found = InstalledModel.objects.filter(key=key).first() or InstalledModel.objects.filter(key__startswith=f"{key}@").first()
         if found is not None:
-            return found.base or found
+            return found
     listed = ", ".join(names[:5]) or "none"
     raise InvalidRequest(f"None of the models that this one runs on is installed ({listed}). Get one of them first.", param="file")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 from numpy.typing import NDArray
 
@@ -20,6 +20,9 @@ from lmweb.errors import InvalidRequest
 from workers.schemas import OutputFormat
 
 CACHED_GRAMMARS = 64
+#: In symbols, up to ten for each property of a schema. Compiling takes time with the square of it, and nobody's answer goes on meanwhile:
+#: one second at this size, seven for the largest schema that a request may bring.
+MAX_GRAMMAR_SIZE = 30_000
 #: What may stand between the parts of JSON: enough for any layout, too little for a weak model to write blanks for ever.
 JSON_WHITESPACE = r" |\n[ \t]{0,20}"
 
@@ -105,6 +108,9 @@ class CallConstraint(Constraint):
         self._units = answer.units
 
 
+_LIMITS = LLParserLimits(max_grammar_size=MAX_GRAMMAR_SIZE)
+
+
 class ConstraintFactory:
     """Makes constraints over one vocabulary; compiled grammars are kept for the next request with the same one."""
 
@@ -133,9 +139,9 @@ class ConstraintFactory:
     def _matcher(self, wanted: OutputFormat) -> LLMatcher:
         matcher = self._compiled.get(wanted)
         if matcher is None:
-            matcher = LLMatcher(self._tokenizer, _grammar(wanted), log_level=0)
+            matcher = LLMatcher(self._tokenizer, _grammar(wanted), log_level=0, limits=_LIMITS)
             if matcher.is_error():
-                raise InvalidRequest(f"The response format cannot be used: {_first_line(matcher.get_error())}", param="response_format")
+                raise InvalidRequest(f"The response format cannot be used: {_reason(matcher.get_error())}", param="response_format")
             self._compiled[wanted] = matcher
             if len(self._compiled) > CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
@@ -167,7 +173,7 @@ def _grammar(wanted: OutputFormat) -> str:
             return LLMatcher.grammar_from_regex(wanted.value)
         return LLMatcher.grammar_from_lark(_lark(wanted.value))
     except ValueError as error:
-        raise InvalidRequest(f"The response format cannot be used: {_first_line(str(error))}", param="response_format") from error
+        raise InvalidRequest(f"The response format cannot be used: {_reason(str(error))}", param="response_format") from error
 
 
 def _lark(grammar: str) -> str:
@@ -179,5 +185,8 @@ def _lark(grammar: str) -> str:
     return converted
 
 
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["unknown reason"])[0][:300]
+def _reason(text: str) -> str:
+    """Return the library's reason in one line: its first, and what it says at the end of a picture of the place."""
+    first, *rest = text.strip().splitlines() or ["unknown reason"]
+    found = [line.removeprefix("error: ") for line in rest if line.startswith("error: ")]
+    return " ".join([first, *found[:1]])[:300]

@@ -40,6 +40,8 @@ from workers.store import Claim, Instance, Outcome, Store
 logger = logging.getLogger(__name__)
 
 MAX_RESUMES = 2
+#: What people are told of a fault that nobody foresaw.
+BROKEN = ErrorInfo(code="internal_error", message="The server could not work on this request. The log has the details.")
 
 
 class Host:
@@ -239,6 +241,15 @@ class Host:
         return [] if live.seq else [ChatStart(model_instance_id=live.instance_id)]
 
     def _submit(self, runner: RunnerProcess, live: Live) -> None:
+        """Hand a generation to its runner. What cannot be sent is the end of this one, not of the thread that brought it here."""
+        try:
+            self._hand_in(runner, live)
+        except Exception:
+            logger.exception("generation %s cannot be handed to %s", live.id, runner.identifier)
+            runner.running.pop(live.id, None)
+            self._fail(live, BROKEN)
+
+    def _hand_in(self, runner: RunnerProcess, live: Live) -> None:
         runner.last_used_at = time.monotonic()
         runner.running[live.id] = live
         with live.lock:
@@ -407,6 +418,17 @@ class Host:
         self._saver.end(live, outcome)
 
     # --- asked by its threads ------------------------------------------------------------------------------------------
+
+    def take_up(self, generation_id: str) -> None:
+        """Put a generation to work. A fault that nobody foresaw is the end of this one, not of the thread that takes up all others."""
+        try:
+            self.generate(generation_id)
+        except DatabaseError:
+            raise
+        except Exception:
+            logger.exception("generation %s cannot be worked on", generation_id)
+            if live := self.lives.get(generation_id):
+                self._fail(live, BROKEN)
 
     def forget(self, live: Live) -> None:
         """Drop a generation that is not ours any more (deleted, or taken over while we could not renew its lease)."""

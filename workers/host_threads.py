@@ -53,7 +53,7 @@ class Arrivals:
         with closing(self._host.store.arrivals(ARRIVAL_SECONDS)) as arrivals:
             for generation_ids in arrivals:
                 for generation_id in generation_ids:
-                    self._host.generate(generation_id)
+                    self._host.take_up(generation_id)
                 if self._host.stopping.is_set():
                     return
 

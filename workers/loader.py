@@ -228,6 +228,10 @@ class Loader:
                 if wish.instance is not None:
                     break  # its row is there, and it is tried again
                 self._refuse(wish, LmwebError(f"The model could not be loaded: {error.__class__.__name__}."), code="service_unavailable")
+            except Exception as error:  # a model that was deleted at this moment, say: this thread is one for all loads
+                logger.exception("%s cannot be loaded", wish.model.key)
+                words = f"{wish.model.key} could not be loaded ({type(error).__name__}). The worker's log has the details."
+                self._refuse(wish, LmwebError(words), code="model_load_failed")
             if wish in self._wishes and not wish.is_fetching:
                 break
         with self._lock:
@@ -370,7 +374,7 @@ class Loader:
             self._put_back(wish.left)
         instance = wish.instance
         if instance is not None:
-            try_to_store(lambda: self._store.instance_failed(instance.id, error.message))
+            try_to_store(lambda: self._store.instance_failed(instance.id, error.message, code=info.code, details=error.details))
         self._refuse_all(wish, info, elsewhere=isinstance(error, ModelLoadFailed))
 
     def _refuse_all(self, wish: Wish, info: ErrorInfo, *, elsewhere: bool = False) -> None:

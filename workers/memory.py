@@ -45,7 +45,7 @@ class Guardrail(StrEnum):
 class AutoEvict(StrEnum):
     """When models that requests loaded leave for others that requests load."""
 
-    ON = "on"  # always: one at a time, as LM Studio does
+    ON = "on"  # always: one that chats and one that embeds at a time
     NEEDED = "needed"  # only if memory is short
     OFF = "off"  # never
 
@@ -199,7 +199,7 @@ def refusal(
         f"{name} needs about {_size(needed_bytes)} of memory, and {_size(max(0, free_bytes))} are free{kept}. "
         + (f"Loaded models hold: {holders}. " if holders else "")
         + f"{advice}, load it with a shorter context, or let an admin lower LMWEB_MODEL_LOADING_GUARDRAILS.",
-        details={"needed_bytes": needed_bytes, "free_bytes": free_bytes, "held_by": _holders(held_by)},
+        details={"needed_bytes": needed_bytes, "free_bytes": max(0, free_bytes), "held_by": _holders(held_by)},
     )
 
 
@@ -211,6 +211,7 @@ class Resident:
     memory_bytes: int
     is_busy: bool
     unused_seconds: float
+    is_embedding: bool = False
 
 
 def choose_leavers(missing_bytes: int, residents: list[Resident]) -> list[Resident] | None:
@@ -228,11 +229,19 @@ def choose_leavers(missing_bytes: int, residents: list[Resident]) -> list[Reside
     return chosen if sum(resident.memory_bytes for resident in chosen) >= missing_bytes else None
 
 
-def leavers_for_request(missing_bytes: int, residents: list[Resident], auto_evict: AutoEvict) -> list[Resident] | None:
-    """Return whom a load that a request needs displaces among what may leave for it; None if that does not free enough."""
+def leavers_for_request(
+    missing_bytes: int, residents: list[Resident], auto_evict: AutoEvict, *, is_embedding: bool = False
+) -> list[Resident] | None:
+    """Return whom a load that a request needs displaces among what may leave for it; None if that does not free enough.
+
+    ``is_embedding`` says what is loaded. Without need it displaces its own kind only: who asks questions about documents uses an
+    embedding model and a language model in turn, and each would be loaded anew for every question.
+    """
     if auto_evict is AutoEvict.OFF:
         return [] if missing_bytes <= 0 else None
-    leaving = [resident for resident in residents if not resident.is_busy] if auto_evict is AutoEvict.ON else []
+    leaving = []
+    if auto_evict is AutoEvict.ON:
+        leaving = [resident for resident in residents if not resident.is_busy and resident.is_embedding == is_embedding]
     missing_bytes -= sum(resident.memory_bytes for resident in leaving)
     if missing_bytes <= 0:
         return leaving

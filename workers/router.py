@@ -40,6 +40,7 @@ class Replica:
     slots: int = 16
     is_movable: bool = True
     unused_seconds: float = 0.0
+    is_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a request needs: a model, or the instance of this ``identifier``.
+    """What a request needs: a model (``is_embedding``: one that turns texts into vectors), or the instance of this ``identifier``.
 
     ``chat`` names the conversation and ``home`` the node that served it last (both empty: none). ``excluded`` are nodes that have
     said that they cannot.
@@ -100,6 +101,7 @@ class Wanted:
     chat: str = ""
     home: str = ""
     excluded: frozenset[str] = frozenset()
+    is_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +227,11 @@ def _can_run(node: Node, format_: str) -> bool:
 
 def _option(node: Node, wanted: Wanted, needed: int, auto_evict: AutoEvict) -> Load | Wait | None:
     residents = [
-        Resident(r.id, r.memory_bytes, bool(node.work.get(r.model)), r.unused_seconds)
+        Resident(r.id, r.memory_bytes, bool(node.work.get(r.model)), r.unused_seconds, r.is_embedding)
         for r in node.replicas
         if r.is_movable and r.status == "ready"
     ]
-    leavers = leavers_for_request(needed - node.free_bytes, residents, auto_evict)
+    leavers = leavers_for_request(needed - node.free_bytes, residents, auto_evict, is_embedding=wanted.is_embedding)
     if leavers is None:
         return None
     ids = tuple(resident.id for resident in leavers)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import psutil
 
 from workers.engines.registry import FORMATS
@@ -28,6 +27,11 @@ STOP_SECONDS = 5.0
 #: What a runner may see of our environment: nothing that holds a secret.
 ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LLAMA_CPP_LIB_PATH")
 ENVIRONMENT_PREFIXES = ("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "GGML_", "OMP_", "VK_", "MTL_")
+
+WRONG_PROCESSOR = (
+    "The engine was compiled for another processor than this machine's. Remove .venv in lmweb's directory there and start it again, "
+    "so that it is compiled anew."
+)
 
 
 class RunnerProcess:
@@ -138,8 +142,8 @@ class RunnerProcess:
                     self._on_message(self, message)  # type: ignore[arg-type]
         except (EOFError, OSError):
             pass
-        except (ValueError, msgspec.ValidationError):
-            logger.exception("runner %s sent something that is no message; it is ended", self.identifier)
+        except Exception:
+            logger.exception("runner %s is ended: what it sent is no message, or could not be handled", self.identifier)
         self.process.kill()
         self.process.wait()
         self._channel.close()
@@ -154,6 +158,8 @@ class RunnerProcess:
             return (
                 "The process that read the model was killed, most likely because the machine ran out of memory. Unload other models first."
             )
+        if -code == signal.SIGILL:
+            return WRONG_PROCESSOR
         if code < 0:
             return (
                 f"The engine crashed while it read the file (signal {-code}). The file is damaged, or of a kind that this version of the "
@@ -164,6 +170,8 @@ class RunnerProcess:
     def exit_reason(self) -> str:
         """Say how the process ended."""
         code = self.process.returncode
+        if code == -signal.SIGILL:
+            return WRONG_PROCESSOR
         return f"it was killed by signal {-code}" if code is not None and code < 0 else f"it exited with code {code}"
 
 

@@ -98,8 +98,11 @@ class Runners:
         available = sys.maxsize if self.policy.is_unlimited else free - reserve(self.policy.guardrail, total)
         missing = needed_bytes - available - sum(runner.memory_bytes() for runner in leaving)
         now = time.monotonic()
-        residents = [Resident(pk, max(r.memory_bytes(), r.needed_bytes), r.is_busy, now - r.last_used_at) for pk, r in movable.items()]
-        chosen = leavers_for_request(missing, residents, self.policy.auto_evict)
+        residents = [
+            Resident(pk, max(r.memory_bytes(), r.needed_bytes), r.is_busy, now - r.last_used_at, r.instance.model.is_embedding)
+            for pk, r in movable.items()
+        ]
+        chosen = leavers_for_request(missing, residents, self.policy.auto_evict, is_embedding=instance.model.is_embedding)
         if chosen is None:
             held_by = {runner.identifier: runner.memory_bytes() for runner in runners}
             level = self.policy.guardrail

@@ -15,6 +15,12 @@ Reasoning = Literal["off", "low", "medium", "high", "on"]
 OverflowPolicy = Literal["stopAtLimit", "truncateMiddle", "rollingWindow"]
 KvCacheType = Literal["f32", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+#: Whole numbers have bounds everywhere: JSON knows none, and what goes to a runner (MessagePack, C) has 64 bits at most.
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+TokenId = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+
+#: What a chat template is given by us; no request and no model's settings may replace it.
+RESERVED_TEMPLATE_NAMES = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -80,8 +86,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     repeat_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] = 1.1
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=MAX_LOGIT_BIAS)] = {}
+    seed: Int64 | None = None
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=MAX_LOGIT_BIAS)] = {}
     max_tokens: Annotated[int, Meta(ge=1, le=10_000_000)] | None = None
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]], Meta(max_length=MAX_STOP_STRINGS)] = []
     ignore_eos: bool = False
@@ -158,7 +164,7 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
     """
 
     model: Annotated[str, Meta(min_length=1, max_length=512)]
-    inputs: Annotated[list[str | list[int]], Meta(min_length=1, max_length=MAX_EMBEDDING_INPUTS)]
+    inputs: Annotated[list[str | list[TokenId]], Meta(min_length=1, max_length=MAX_EMBEDDING_INPUTS)]
     dimensions: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     truncate: bool = False
     lane: Lane = Lane.API

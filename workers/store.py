@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from workers.events import ErrorInfo, Stats
 from workers.memory import MemoryEstimate
@@ -28,6 +28,7 @@ class ModelFile:
     """A model that can be loaded: row id, key, format, absolute path, and the chat template in place of the file's (empty: none).
 
     ``named_id`` is the row that the request named, a virtual model on this one perhaps; its defaults hold for the load.
+    ``is_embedding``: it turns texts into vectors and does not chat.
     """
 
     id: int
@@ -36,6 +37,7 @@ class ModelFile:
     path: str
     chat_template: str = ""
     named_id: int = 0
+    is_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +191,8 @@ class Store(Protocol):
     def instance_ready(self, instance_id: int, *, config: LoadConfig, memory_bytes: int, load_seconds: float) -> None:
         """Note that the model can be used, with the configuration in force."""
 
-    def instance_failed(self, instance_id: int, error: str) -> None:
-        """Note why a load failed."""
+    def instance_failed(self, instance_id: int, error: str, *, code: str = "", details: dict[str, Any] | None = None) -> None:
+        """Note why a load failed; ``code`` and ``details`` are those of the error, for programs."""
 
     def instance_gone(self, instance_id: int) -> None:
         """Delete the row: the runner has ended and its memory is free."""

@@ -17,7 +17,7 @@ from ninja import Router
 
 from api import sse
 from api.auth import begin, carries_secret, principal_of
-from api.body import json_body, json_response
+from api.body import READ, json_body, json_response
 from api.feed import Begun, Feed
 from api.openai import embeddings, translate
 from api.openai.schemas import ChatCompletionRequest, Model, ModelList
@@ -49,13 +49,13 @@ KEEP_ALIVE_SECONDS = 10.0
 _encoder = msgspec.json.Encoder()
 
 
-@router.get("/models")
+@router.api_operation(READ, "/models")
 async def list_models(request: HttpRequest) -> HttpResponse:
     """List the models that requests may name; one that is not in memory is loaded on first use."""
     return json_response(ModelList(data=await run_db(_visible_models, principal_of(request))))
 
 
-@router.get("/models/{path:model_id}")
+@router.api_operation(READ, "/models/{path:model_id}")
 async def get_model(request: HttpRequest, model_id: str) -> HttpResponse:
     """Describe one model."""
     return json_response(await run_db(_visible_model, principal_of(request), model_id))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 from workers.events import TokenLogprob
+from workers.schemas import Int64
+
+#: The database writes larger ones as whole numbers, which then are too large.
+SmallFloat = Annotated[float, Meta(ge=-(2.0**63), lt=2.0**63)]
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
 class ContentPart(msgspec.Struct, frozen=True):
-    """One part of a message; only ``type`` text is supported."""
+    """One part of a message; only text is supported, and the refusal that an assistant's message may be."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class CalledFunction(msgspec.Struct, frozen=True):
@@ -39,6 +44,7 @@ class Message(msgspec.Struct, frozen=True):
 
     role: str
     content: str | list[ContentPart] | None = None
+    refusal: str | None = None
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
     function_call: Any = None
@@ -118,7 +124,7 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True):
     max_completion_tokens: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
-    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
+    chat_template_kwargs: dict[str, str | Int64 | SmallFloat | bool | None] | None = None
 
     draft_model: str | None = None
     n: int | None = None

@@ -24,6 +24,7 @@ from api.openai.schemas import (
     ChunkChoice,
     Completion,
     CompletionTokensDetails,
+    ContentPart,
     Delta,
     DraftStats,
     ErrorBody,
@@ -52,7 +53,7 @@ from workers.events import (
     ToolCallArguments,
     ToolCallStart,
 )
-from workers.schemas import GenerationRequest, Lane, ToolCall
+from workers.schemas import RESERVED_TEMPLATE_NAMES, GenerationRequest, Lane, ToolCall
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
@@ -78,11 +79,9 @@ SAMPLING_NAMES = (
 #: OpenAI's words for the effort of reasoning, and LM Studio's, which are ours.
 REASONING_EFFORTS = {"none": "off", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high"}
 
-#: What the chat template is given by us; a request may not replace it.
-RESERVED_TEMPLATE_NAMES = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
-
 _request_decoder = msgspec.json.Decoder(ChatCompletionRequest)
 _FAULT = re.compile(r"^(?P<what>.*?) - at (?P<key>`key` in )?`\$\.?(?P<where>.*)`$", re.DOTALL)
+_OUR_TOOL = re.compile(r"^tools\[\d*(\.\.\.)?\](?=\.(name|description|parameters|strict)\b)")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>\w+)`")
 
 
@@ -163,19 +162,25 @@ def _text(message: Message, where: str) -> str:
         raise InvalidRequest(f"'{where}.role' must be one of {', '.join(SUPPORTED_ROLES)}.", param=f"{where}.role")
     if message.audio:
         raise InvalidRequest(f"'{where}.audio' is not supported by this server.", param=f"{where}.audio")
-    if message.content is None:
+    content = message.content
+    if content is None and message.role == "assistant":
+        content = message.refusal  # what OpenAI's models answer instead
+    if content is None:
         raise InvalidRequest(f"'{where}.content' is missing.", param=f"{where}.content")
-    if isinstance(message.content, str):
-        return without_nul(message.content, f"{where}.content")
-    texts = []
-    for number, part in enumerate(message.content):
-        here = f"{where}.content[{number}]"
-        if part.type != "text":
-            raise InvalidRequest(f"'{here}' is of type '{part.type[:40]}'; this server reads text parts only.", param=here)
-        if part.text is None:
-            raise InvalidRequest(f"'{here}.text' is missing.", param=f"{here}.text")
-        texts.append(without_nul(part.text, f"{here}.text"))
-    return "\n".join(texts)
+    if isinstance(content, str):
+        return without_nul(content, f"{where}.content")
+    return "\n".join(_part(part, message.role, f"{where}.content[{number}]") for number, part in enumerate(content))
+
+
+def _part(part: ContentPart, role: str, where: str) -> str:
+    """Return the text of a part. Raises ``InvalidRequest`` for parts that are not text."""
+    name = "refusal" if part.type == "refusal" and role == "assistant" else "text"
+    if part.type != name:
+        raise InvalidRequest(f"'{where}' is of type '{part.type[:40]}'; this server reads text parts only.", param=where)
+    text: str | None = getattr(part, name)
+    if text is None:
+        raise InvalidRequest(f"'{where}.{name}' is missing.", param=f"{where}.{name}")
+    return without_nul(text, f"{where}.{name}")
 
 
 def _sampling(request: ChatCompletionRequest) -> dict[str, Any]:
@@ -219,7 +224,8 @@ def invalid(error: msgspec.ValidationError, max_tokens: str = "max_tokens") -> I
     message = str(error)
     fault = _FAULT.match(message)
     what, where = (fault["what"], fault["where"].removeprefix("sampling.").removesuffix("[...]")) if fault else (message, "")
-    where = {"max_tokens": max_tokens, "ttl_seconds": "ttl"}.get(where, where)
+    where = {"max_tokens": max_tokens, "ttl_seconds": "ttl", "output_format.value": "response_format"}.get(where, where)
+    where = _OUR_TOOL.sub(r"\g<0>.function", where)
     missing = _MISSING.match(what)
     if missing:
         where = f"{where}.{missing['field']}".lstrip(".")

@@ -14,10 +14,10 @@ from api.body import decode, json_response
 from lmweb.access import Action, Principal, require
 from lmweb.db import run_db
 from lmweb.decoding import convert
-from lmweb.errors import ModelLoadFailed, ModelNotFound
+from lmweb.errors import ModelNotFound
 from models_app.defaults import load_config
 from models_app.generations import resolve_model
-from models_app.loading import request_load, request_unload
+from models_app.loading import loading_state, request_load, request_unload
 from models_app.models import InstalledModel, ModelInstance
 from workers.schemas import LoadConfig
 
@@ -135,7 +135,7 @@ async def load_model(request: HttpRequest) -> HttpResponse:
     instance = await run_db(_begin_load, principal_of(request), body)
     while instance.status == S.LOADING:
         await asyncio.sleep(POLL_SECONDS)
-        instance = await run_db(_load_state, instance)
+        instance = await run_db(loading_state, instance)
     config = _config(instance.config)
     return json_response(
         LoadResponse(
@@ -160,7 +160,7 @@ async def unload_model(request: HttpRequest) -> HttpResponse:
 def _models(principal: Principal) -> Models:
     require(principal, Action.READ_MODELS)
     ready = Prefetch("instances", ModelInstance.objects.filter(status=S.READY).order_by("identifier"))
-    return Models([_model(model) for model in InstalledModel.objects.visible_to(principal).prefetch_related(ready)])
+    return Models([_model(model) for model in InstalledModel.objects.visible_to(principal).select_related("base").prefetch_related(ready)])
 
 
 def _begin_load(principal: Principal, body: LoadRequest) -> ModelInstance:
@@ -168,16 +168,6 @@ def _begin_load(principal: Principal, body: LoadRequest) -> ModelInstance:
     model = InstalledModel.objects.get(pk=resolve_model(principal, body.model).pk)
     overrides = {name: getattr(body, name) for name in InstanceConfig.__struct_fields__}
     return request_load(principal=principal, model=model, config=load_config(model, overrides), node=body.node)
-
-
-def _load_state(instance: ModelInstance) -> ModelInstance:
-    """Return the row as it is now. Raises ``ModelLoadFailed`` if the load has ended without success."""
-    now = ModelInstance.objects.select_related("model").filter(pk=instance.pk).first()
-    if now is None or now.status == S.UNLOADING:
-        raise ModelLoadFailed(f"{instance.identifier} was unloaded while it was being loaded.")
-    if now.status == S.FAILED:
-        raise ModelLoadFailed(f"{instance.identifier} could not be loaded: {now.error}")
-    return now
 
 
 def _begin_unload(principal: Principal, identifier: str) -> list[int]:
@@ -202,7 +192,7 @@ def _model(model: InstalledModel) -> Model:
         display_name=model.display_name,
         architecture=model.architecture,
         quantization=quantization,
-        size_bytes=model.size_bytes,
+        size_bytes=model.weights_bytes,
         params_string=model.params_string or None,
         loaded_instances=[Instance(instance.identifier, _config(instance.config)) for instance in model.instances.all()],
         max_context_length=model.max_context_length,

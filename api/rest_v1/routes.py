@@ -8,7 +8,7 @@ from django.http import HttpRequest, HttpResponse
 from ninja import Router
 
 from api.auth import principal_of
-from api.body import decode, json_response
+from api.body import READ, decode, json_response
 from api.rest_v1 import models, translate
 from api.rest_v1.schemas import DownloadJob, DownloadRequest
 from lmweb.access import Action, Principal, require
@@ -16,7 +16,7 @@ from lmweb.db import run_db
 from models_app import downloads
 
 router = Router()
-router.get("/models")(models.list_models)
+router.api_operation(READ, "/models")(models.list_models)
 router.post("/models/load")(models.load_model)
 router.post("/models/unload")(models.unload_model)
 
@@ -31,7 +31,7 @@ async def download_model(request: HttpRequest) -> HttpResponse:
     return json_response(await run_db(_download, principal_of(request), body))
 
 
-@router.get("/models/download/status/{job_id}")
+@router.api_operation(READ, "/models/download/status/{job_id}")
 async def download_status(request: HttpRequest, job_id: str) -> HttpResponse:
     """Say how far a download is."""
     return json_response(await run_db(_download_status, principal_of(request), job_id))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """What went wrong; ``code`` is for programs."""
+    """What went wrong; ``code`` is for programs. ``details`` is ours, where there are any: the bytes that are missing, and the like."""
 
     type: str
     message: str
     code: str
     param: str | None = None
+    details: dict[str, Any] | UnsetType = UNSET
 
 
 class ErrorResponse(msgspec.Struct, frozen=True):
@@ -33,7 +34,7 @@ class DownloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DownloadJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How far a download is. Sizes are in bytes, times in ISO 8601; which fields are there depends on ``status``.
 
-    ``error`` is ours: why a download failed, or why an admin declined it.
+    ``error`` is ours: why a download failed, why an admin declined it, or that it was cancelled.
     """
 
     status: Literal["downloading", "paused", "completed", "failed", "already_downloaded"]

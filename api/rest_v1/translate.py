@@ -58,6 +58,8 @@ def _download_error(download: Download) -> ErrorBody | UnsetType:
         return ErrorBody(type="download_failed", message=download.error_message, code=download.error_code)
     if download.status == Download.Status.DECLINED:
         return ErrorBody(type="request_declined", message=download.reason, code="request_declined")
+    if download.status == Download.Status.CANCELLED:
+        return ErrorBody(type="download_cancelled", message="The download was cancelled.", code="download_cancelled")
     return UNSET
 
 
@@ -67,10 +69,11 @@ def _iso(moment: datetime) -> str:
 
 def error_response(error: LmwebError) -> ErrorResponse:
     """Return an error in the format of REST v1."""
-    return ErrorResponse(ErrorBody(type=_error_type(error), message=error.message, code=error.code, param=error.param))
+    return ErrorResponse(
+        ErrorBody(type=_error_type(error), message=error.message, code=error.code, param=error.param, details=error.details or UNSET)
+    )
 
 
 def _error_type(error: LmwebError) -> str:
-    if error.code in {"model_not_found", "job_not_found"}:
-        return error.code
-    return "internal_error" if error.status >= 500 else "invalid_request"
+    named = error.status >= 500 or error.code in {"model_not_found", "job_not_found"}
+    return error.code if named else "invalid_request"

@@ -338,7 +338,7 @@ BAD = [
     ({"n": 9}, 400, "n", "invalid_request"),
     ({"tools": [{"type": "function"}]}, 400, "tools[0]", "invalid_request"),
     ({"tools": [{"type": "web_search"}]}, 400, "tools[0]", "invalid_request"),
-    ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, 400, "tools[0].name", "invalid_request"),
+    ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, 400, "tools[0].function.name", "invalid_request"),
     ({"tool_choice": "required"}, 400, "tool_choice", "invalid_request"),
     ({"tool_choice": "maybe"}, 400, "tool_choice", "invalid_request"),
     ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, 400, "tool_choice", "invalid_request"),
@@ -450,10 +450,18 @@ async def test_wrong_methods_and_unknown_routes(token: str) -> None:
         ("POST", "/v1/completions/", 404),
         ("GET", "/v1/", 404),
         ("OPTIONS", URL, 405),
+        ("GET", "/v1", 404),
+        ("GET", "/api/v0/models", 404),
+        ("POST", "/api", 404),
     ]:
         answer = await call(method, path, token=token)
         assert (answer.status, method, path) == (status, method, path)
         answer.error()
+
+
+async def test_head_is_answered_where_get_is(token: str, model: InstalledModel) -> None:
+    for path in ("/v1/models", f"/v1/models/{model.key}", "/api/v1/models"):
+        assert (await call("HEAD", path, token=token)).status == 200
 
 
 async def test_a_draft_model_is_passed_on_and_its_counts_come_back(token: str) -> None:

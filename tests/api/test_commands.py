@@ -51,7 +51,7 @@ def test_scopes_expiry_and_revoking(owner: User) -> None:
     made = json.loads(run("token", "create", "--user", "owner", "--name", "x", "--scope", "models:read", "--expires", "30d", "--json"))
     assert (made["scopes"], made["state"]) == (["models:read"], "active")
     assert made["expires_at"]
-    run("token", "revoke", made["id"])
+    assert json.loads(run("token", "revoke", made["id"], "--json"))["state"] == "revoked"
     with pytest.raises(NotAuthenticated, match="revoked"):
         authenticate_token(made["token"])
     assert json.loads(run("token", "list", "--json"))[0]["state"] == "revoked"
@@ -89,7 +89,8 @@ def test_users(monkeypatch: pytest.MonkeyPatch) -> None:
     run("user", "create", "ada", "--role", "viewer", "--password-stdin")
     ada = User.objects.get()
     assert (ada.username, ada.role, ada.is_admin, ada.check_password("a-long-test-password")) == ("ada", "viewer", False, True)
-    assert json.loads(run("user", "list", "--json")) == [{"name": "ada", "role": "viewer", "active": True}]
+    (person,) = json.loads(run("user", "list", "--json"))
+    assert (person["name"], person["role"], person["active"]) == ("ada", "viewer", True)
 
 
 @pytest.mark.django_db
@@ -106,6 +107,8 @@ def test_limits_of_a_person(owner: User) -> None:
     assert run("user", "limits", "owner") == "owner: running default, waiting default.\n"
     assert run("user", "limits", "owner", "--running", "2", "--waiting", "0") == "owner: running 2, waiting any number.\n"
     assert run("user", "limits", "owner", "--running", "default") == "owner: running default, waiting any number.\n"
+    assert json.loads(run("user", "limits", "owner", "--json"))["waiting_limit"] == 0
+    assert json.loads(run("user", "downloads", "owner", "yes", "--json"))["may_download"] is True
     assert "whole number" in fails("user", "limits", "owner", "--running", "-1")
     assert "no account" in fails("user", "limits", "nobody")
 

@@ -96,6 +96,15 @@ def test_a_body_over_the_path_s_limit_is_refused_in_its_format(port: int, token:
     assert b'"code":"payload_too_large"' in answer
 
 
+def test_a_form_is_refused_in_the_path_s_format(port: int, token: str) -> None:
+    lines = [f"Authorization: Bearer {token}", "Content-Type: multipart/form-data; boundary=x", "Content-Length: 5", "Connection: close"]
+    with connect(port) as connection:
+        connection.sendall("\r\n".join(["POST /v1/chat/completions HTTP/1.1", "Host: x", *lines, "", "hello"]).encode())
+        answer = read_to_end(connection)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert "application/json, not multipart/form-data" in json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["message"]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_closing_the_connection_cancels(port: int, token: str, model: InstalledModel, stream: bool) -> None:
     from models_app.models import Generation

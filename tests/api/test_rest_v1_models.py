@@ -158,6 +158,20 @@ async def test_a_load_that_fails_says_why(worker: Bench, manager: str, tmp_path:
     assert "acme/broken could not be loaded" in answer.json()["error"]["message"]
 
 
+async def test_a_load_without_the_memory_for_it_is_refused_with_the_figures(
+    worker: Bench, micro: InstalledModel, manager: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (await call("POST", LOAD, token=manager, json_body={"model": "acme/micro"})).status == 200
+    monkeypatch.setattr("workers.runners.machine_memory", lambda: (50 * 2**20, 1000 * 2**20))
+    refused = await call("POST", LOAD, token=manager, json_body={"model": "acme/micro"})
+    assert refused.status == 503
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("insufficient_memory", "insufficient_memory")
+    assert error["message"].startswith("acme/micro:2 needs about")
+    assert error["details"]["needed_bytes"] > error["details"]["free_bytes"] == 50 * 2**20
+    assert [(held["identifier"], held["memory_bytes"] > 0) for held in error["details"]["held_by"]] == [("acme/micro", True)]
+
+
 async def test_tokens_need_their_scopes(worker: Bench, micro: InstalledModel, token: str, owner: User) -> None:
     assert (await call("POST", LOAD, token=token, json_body={"model": "acme/micro"})).status == 403
     assert (await call("POST", UNLOAD, token=token, json_body={"instance_id": "x"})).status == 403

@@ -54,6 +54,8 @@ def test_sampling(body: dict[str, Any], sampling: dict[str, Any]) -> None:
         ({"role": "system", "content": "x"}, {"role": "system", "content": "x"}),
         ({"role": "developer", "content": "x"}, {"role": "developer", "content": "x"}),
         ({"role": "assistant", "content": "x", "tool_calls": None, "refusal": None}, {"role": "assistant", "content": "x"}),
+        ({"role": "assistant", "content": None, "refusal": "no"}, {"role": "assistant", "content": "no"}),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, {"role": "assistant", "content": "no"}),
         ({"role": "user", "content": "", "name": "ada"}, {"role": "user", "content": ""}),
         ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {"role": "user", "content": "a\nb"}),
         ({"role": "user", "content": "\U0001f600 \u05d0"}, {"role": "user", "content": "\U0001f600 \u05d0"}),
@@ -98,6 +100,38 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "
 )
 def test_tools_and_formats(body: dict[str, Any], expected: dict[str, Any]) -> None:
     assert {name: value for name, value in translated(**body).items() if name not in {"model", "messages", "sampling", "given"}} == expected
+
+
+def test_a_tool_whose_name_cannot_be_used_is_named_as_the_client_wrote_it() -> None:
+    with pytest.raises(errors.InvalidRequest) as caught:
+        translated(tools=[FUNCTION, {"type": "function", "function": {"name": "a b"}}])
+    assert caught.value.param == "tools[1].function.name"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"logit_bias": {str(10**40): 1}}, "logit_bias"),
+        ({"chat_template_kwargs": {"x": 10**40}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"x": 1e308}}, "chat_template_kwargs"),
+        ({"seed": 2**63}, "seed"),
+    ],
+)
+def test_numbers_that_no_runner_can_hold_are_refused(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(errors.InvalidRequest) as caught:
+        translated(**body)
+    assert caught.value.param == param
+
+
+def test_a_schema_that_is_too_large_is_called_by_the_client_s_name() -> None:
+    with pytest.raises(errors.InvalidRequest) as caught:
+        translated(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["x" * 300_000]}}})
+    assert caught.value.param == "response_format"
+
+
+def test_only_the_assistant_refuses() -> None:
+    with pytest.raises(errors.InvalidRequest):
+        translated(messages=[{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}])
 
 
 def test_calls_in_messages() -> None:

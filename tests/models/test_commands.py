@@ -86,10 +86,18 @@ def test_import_in_json(micro: Path) -> None:
     assert facts["maxContextLength"] == 2048
 
 
-def test_dry_run_changes_nothing(micro: Path) -> None:
+def test_dry_run_changes_nothing(micro: Path, tmp_path: Path) -> None:
     assert "Would move" in run("import_model", str(micro), "--dry-run")
+    assert json.loads(run("import_model", str(micro), "--dry-run", "--json"))["dryRun"] is True
     assert micro.exists()
     assert not InstalledModel.objects.exists()
+    run("import_model", str(micro), "--copy", "--user-repo", "acme/base")
+    virtual = tmp_path / "model.yaml"
+    virtual.write_text("model: acme/other\nbase: acme/base\n")
+    assert "Would add acme/other" in run("import_model", str(virtual), "--dry-run")
+    assert not InstalledModel.objects.filter(key="acme/other").exists()
+    with pytest.raises(CommandError, match="file or a directory"):
+        run("import_model", "--scan", "--dry-run")
 
 
 def test_starter_comes_back(boss: Any) -> None:
@@ -317,6 +325,14 @@ def test_get(tiny_on_hub: str) -> None:
         run("get", f"{tiny_on_hub}@q8_0", "--json")
 
 
+@pytest.mark.django_db(transaction=True)
+def test_bytes_that_are_no_text_are_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    import manage
+
+    assert manage.django_command(["ls", "\udcff"]) == 1
+    assert capsys.readouterr().err == "An argument is not valid UTF-8.\n"
+
+
 def test_get_says_what_is_wrong(tiny_on_hub: str, hub: Hub) -> None:
     answer = json.loads(run("get", "got", "--yes", "--json", "--no-wait"))
     assert (answer["repo"], answer["status"], answer["modelKey"]) == (tiny_on_hub, "queued", None)
@@ -327,6 +343,12 @@ def test_get_says_what_is_wrong(tiny_on_hub: str, hub: Hub) -> None:
     ):  # fmt: skip
         with pytest.raises(CommandError, match=message):
             run("get", *words)
+    # For a program, what there is to choose from is JSON as well.
+    for words, found in ((["got", "--json"], "models"), ([tiny_on_hub, "--json", "-a"], "quantizations")):
+        out = io.StringIO()
+        with pytest.raises(CommandError, match="Several are possible"):
+            call_command("get", *words, stdout=out)
+        assert json.loads(out.getvalue())[found]
     hub.down = True
     cache.clear()
     with pytest.raises(CommandError, match="cannot be reached"):

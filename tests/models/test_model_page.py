@@ -122,6 +122,7 @@ def test_the_dialog_says_what_a_load_takes_and_who_has_to_leave(page: Client, mo
     assert "Fits" in estimated(page, model)
     assert "once the options are complete" in estimated(page, model, context_length="")
     assert "at most 2048 tokens" in estimated(page, model, context_length="4096")
+    assert "context_length must be at most 16777216." in estimated(page, model, context_length="999999999")
     type(node).objects.update(free_memory_bytes=420_000_000)
     old = ModelInstance.objects.create(identifier="old", model=model, node=node, status="ready", memory_bytes=500_000_000)
     shown = estimated(page, model)

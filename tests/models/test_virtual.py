@@ -94,6 +94,20 @@ def test_it_runs_on_the_weights_of_its_base(base: InstalledModel, boss: Principa
     assert ModelInstance.objects.count() == 1
 
 
+def test_one_on_another_has_the_settings_and_switches_of_both(base: InstalledModel, boss: Principal) -> None:
+    virtual.install(principal=boss, text=YAML)
+    more = textwrap.dedent("""\
+        model: team/hot-thinker
+        base: team/quick-thinker
+        config: {operation: {fields: [{key: llm.prediction.temperature, value: 1.2}]}}
+        customFields: [{key: tone, type: string, defaultValue: dry, effects: [{type: setJinjaVariable, variable: tone}]}]
+        """)
+    model = virtual.install(principal=boss, text=more)
+    assert (model.base, model.load_defaults["context_length"]) == (base, 512)
+    assert (model.inference_defaults["sampling"]["temperature"], model.inference_defaults["sampling"]["top_k"]) == (1.2, 20)
+    assert [field["key"] for field in model.custom_fields] == ["enableThinking", "tone"]
+
+
 def test_a_load_by_hand_has_its_name(base: InstalledModel, boss: Principal, node: WorkerNode) -> None:
     model = virtual.install(principal=boss, text=YAML)
     instance = loading.request_load(principal=boss, model=model)
@@ -128,6 +142,7 @@ def test_it_is_deleted_before_its_base(base: InstalledModel, boss: Principal, mo
         YAML.replace("value: 512", "value: 999999"),
         YAML.replace("value: 0.7", "value: hot"),
         YAML.replace("type: boolean", "type: __import__"),
+        YAML.replace("variable: enable_thinking", "variable: messages"),
         YAML.replace("key: enableThinking", "key: '{{ x }}'"),
         YAML.replace("model: team/quick-thinker", "model: !!python/object/apply:os.system [id]"),
     ],

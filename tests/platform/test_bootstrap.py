@@ -93,6 +93,7 @@ def checkout(tmp_path, monkeypatch, unpacked_pip):
         monkeypatch.delenv(name, raising=False)
     made = Checkout(tmp_path / "check out")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_FIND_LINKS", made.wheels.as_uri())
     if unpacked_pip is not None:
         monkeypatch.setattr(bootstrap, "bundled_pip", lambda: unpacked_pip)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
+import pytest
 from django.db.utils import OperationalError
 
 from models_app.models import Generation, InstalledModel, ModelInstance
 from tests.workers.support import ENDLESS, GREEDY, Bench, make_host, wait_for
 from workers.events import ChatEnd, ChatStart, Error, MessageDelta, MessageEnd, MessageStart, ModelLoadEnd, ModelLoadStart
 from workers.models import WorkerNode
+from workers.runner_process import RunnerProcess
 from workers.schemas import ChatMessage, SamplingParams
 
 
@@ -65,6 +68,46 @@ def test_a_killed_runner_loses_nothing(bench: Bench, starter: InstalledModel) ->
         assert generation.content.startswith(text)
         assert [entry.seq for entry in bench.entries(generation)] == list(range(1, len(bench.entries(generation)) + 1))
         assert generation.stats["total_output_tokens"] == len(generation.output_tokens)
+
+
+def test_a_request_that_nobody_foresaw_fails_alone(bench: Bench, starter: InstalledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that takes up what arrives is one for all: it goes on."""
+    assert bench.run(starter, "What is GGUF?").status == "completed"
+    send = RunnerProcess.submit
+
+    def submit(runner: RunnerProcess, message: Any) -> None:
+        if "42" in str(message.request):
+            raise OverflowError("Integer value out of range")
+        send(runner, message)
+
+    monkeypatch.setattr(RunnerProcess, "submit", submit)
+    bad = bench.finished(bench.create(starter, "42"))
+    assert (bad.status, bad.error_code) == ("failed", "internal_error")
+    runner = next(iter(bench.host.runners.by_id.values()))
+    assert not runner.running
+    bench.host.unload(runner.instance.id)
+    wait_for(lambda: not bench.host.runners.by_id)
+    bad = bench.finished(bench.create(starter, "42"))  # handed in by another thread, that of the runner which has loaded
+    assert (bad.status, bad.error_code) == ("failed", "internal_error")
+    assert bench.finished(bench.create(starter, "What is GGUF?")).status == "completed"
+
+
+def test_a_request_that_this_release_cannot_read_ends(bench: Bench, starter: InstalledModel) -> None:
+    generation = bench.create(starter, "What is GGUF?")
+    Generation.objects.filter(pk=generation.pk).update(request={"model": 1})
+    bench.host.generate(str(generation.pk))
+    generation.refresh_from_db()
+    assert (generation.status, generation.error_code) == ("failed", "generation_interrupted")
+    assert bench.run(starter, "What is GGUF?").status == "completed"
+
+
+def test_an_engine_for_another_processor_is_called_that(bench: Bench, starter: InstalledModel, caplog: pytest.LogCaptureFixture) -> None:
+    generation = bench.create(starter, "What is GGUF?", sampling=LONG)
+    bench.host.generate(str(generation.pk))
+    wait_for(lambda: bench.text(generation))
+    os.kill(next(iter(bench.host.runners.by_id.values())).process.pid, signal.SIGILL)
+    bench.finished(generation)
+    assert "compiled for another processor" in caplog.text
 
 
 def test_sampling_with_a_seed_survives_a_crash(bench: Bench, starter: InstalledModel) -> None:

@@ -11,13 +11,13 @@ import msgspec
 import psutil
 import pytest
 
-from tests.micro_models import make_micro
+from tests.micro_models import make_micro, make_micro_bert
 from tests.models.hostile import VALID, engine_killers, mutants
 from tests.workers.support import ENDLESS, Bench, make_host, wait_for
 from workers.events import QueueUpdate
 from workers.memory import AutoEvict
 from workers.policy import Policy
-from workers.schemas import LoadConfig, SamplingParams
+from workers.schemas import EmbeddingRequest, LoadConfig, SamplingParams, request_to_builtins
 
 if TYPE_CHECKING:
     from models_app.models import InstalledModel, ModelInstance
@@ -45,6 +45,17 @@ def begin(bench: Bench, model: InstalledModel, sampling: SamplingParams = LONG, 
     generation = bench.create(model, "to be", sampling=sampling, **fields)
     bench.host.generate(str(generation.pk))
     return generation
+
+
+def embed(bench: Bench, model: InstalledModel) -> None:
+    """Have a text turned into a vector."""
+    from models_app.models import Generation
+
+    request = request_to_builtins(EmbeddingRequest(model=model.key, inputs=["to be"]))
+    user = bench.principal.user
+    generation = Generation.objects.create(user=user, source="test", model=model, model_key=model.key, request=request, node="test-node")
+    bench.host.generate(str(generation.pk))
+    assert bench.finished(generation).status == "completed"
 
 
 def ask(bench: Bench, model: InstalledModel, **fields: Any) -> ModelInstance:
@@ -179,6 +190,23 @@ def test_a_busy_model_does_not_expire(bench: Bench, models: list[InstalledModel]
     assert bench.finished(generation).status == "completed"
 
 
+def test_a_fault_that_nobody_foresaw_ends_one_load(bench: Bench, models: list[InstalledModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that decides about loads is one for all."""
+    estimate = bench.host.store.memory_estimate
+
+    def surprise(instance: Any) -> Any:
+        if instance.model.key == "test/a":
+            raise RuntimeError("surprise")
+        return estimate(instance)
+
+    monkeypatch.setattr(bench.host.store, "memory_estimate", surprise)
+    failed = ask(bench, models[0])
+    assert (failed.status, failed.error_code) == ("failed", "model_load_failed")
+    assert "RuntimeError" in failed.error
+    assert bench.run(models[0], "to be", sampling=SHORT).error_code == "model_load_failed"
+    assert ask(bench, models[1]).status == "ready"
+
+
 # --- auto-evict -----------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +221,24 @@ def test_one_model_at_a_time_as_lm_studio_does(bench: Bench, models: list[Instal
     ModelInstance.objects.filter(identifier="test/b").update(pinned=True)
     bench.run(models[0], "to be", sampling=SHORT)
     assert there() == {"test/a": "ready", "test/b": "ready", "test/c": "ready"}
+
+
+def test_a_language_model_and_an_embedding_model_stay_side_by_side(bench: Bench, models: list[InstalledModel], tmp_path: Path) -> None:
+    """Who asks about documents uses both in turn."""
+    from models_app.models import ModelInstance
+
+    bert = bench.install(
+        make_micro_bert(tmp_path / "bert.gguf"), "test/bert", type="embedding", architecture="bert", max_context_length=512
+    )
+    ids = []
+    for _ in range(2):
+        bench.run(models[0], "to be", sampling=SHORT)
+        embed(bench, bert)
+        ids.append(set(ModelInstance.objects.values_list("pk", flat=True)))
+    assert there() == {"test/a": "ready", "test/bert": "ready"}
+    assert ids[0] == ids[1], "none was loaded anew"
+    bench.run(models[1], "to be", sampling=SHORT)
+    assert there() == {"test/b": "ready", "test/bert": "ready"}
 
 
 def test_a_busy_model_is_not_evicted_where_there_is_room(bench: Bench, models: list[InstalledModel]) -> None:

@@ -145,6 +145,13 @@ def test_one_at_a_time_prefers_a_node_where_nobody_has_to_leave() -> None:
     assert isinstance(go([node("a", has(OTHER), free=1), node("b", free=1)], auto_evict=AutoEvict.OFF), Refuse)
 
 
+def test_one_at_a_time_means_one_of_its_kind() -> None:
+    both = [node("a", has(OTHER, is_embedding=True), has(THIRD), free=30), node("b", state="cordoned")]
+    both.append(node("c", has(OTHER, is_embedding=True, id=7), has(THIRD, id=8), free=29))
+    assert go(both, auto_evict=AutoEvict.ON) == Load("a", (30,))
+    assert go(both, auto_evict=AutoEvict.ON, is_embedding=True) == Load("a", (20,))
+
+
 @pytest.mark.parametrize(
     ("nodes", "fields", "words", "nearest"),
     [

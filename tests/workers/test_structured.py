@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lmweb.errors import InvalidRequest
 from models_app.models import Generation, InstalledModel
 from tests.micro_models import make_micro
 from tests.workers.support import Bench, wait_for
@@ -112,6 +113,32 @@ def test_log_probabilities_belong_to_the_tokens_of_the_answer(bench: Bench, star
         assert item.top_logprobs[0].token == item.token, "greedy takes the likeliest"
         assert sum(math.exp(top.logprob) for top in item.top_logprobs) <= 1.0001
         assert bytes(item.bytes).decode() == item.token
+
+
+def schema_of(properties: int) -> str:
+    return json.dumps({"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(properties)}})
+
+
+def test_a_schema_may_be_large(starter_gguf: Path) -> None:
+    model = Model(str(starter_gguf), gpu_layers=0, on_progress=lambda _fraction: None)
+    assert ConstraintFactory(model.grammar_tokenizer()).make(OutputFormat(kind="json_schema", value=schema_of(1000)))
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "reason"),
+    [
+        ("json_schema", '{"type": "string", "pattern": "((("}', "unclosed group"),
+        ("json_schema", '{"type": "string", "pattern": "(?=a)b"}', "look-around"),
+        ("regex", "(((", "unclosed group"),
+        ("json_schema", schema_of(8000), "too big"),
+    ],
+)
+def test_a_format_that_cannot_be_used_says_what_is_wrong_with_it(starter_gguf: Path, kind: str, value: str, reason: str) -> None:
+    model = Model(str(starter_gguf), gpu_layers=0, on_progress=lambda _fraction: None)
+    with pytest.raises(InvalidRequest, match=reason):
+        ConstraintFactory(model.grammar_tokenizer()).make(OutputFormat(kind=kind, value=value))
+    model.close()
 
 
 def test_blanks_between_the_parts_of_json_are_bounded(starter_gguf: Path) -> None:

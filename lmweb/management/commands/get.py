@@ -17,6 +17,7 @@ from models_app.variants import Variant
 
 POLL_SECONDS = 0.5
 DEFAULT_LIMIT = 10
+AMBIGUOUS = "Several are possible. Name one of them, or take the first with --yes."
 
 
 class Command(ModelCommand):
@@ -46,7 +47,7 @@ class Command(ModelCommand):
         found = downloads.find(self._choose_model(text.strip(), options), quantization)
         variant = found.chosen
         if options["always_show_download_options"] or (not quantization and self._asks(options) and len(found.offered) > 1):
-            variant = self._choose_variant(found.offered, found.chosen)
+            variant = self._choose_variant(found.offered, found.chosen, options)
         asked = downloads.ask(principal=None, repository=found.repository, variant=variant)
         if asked.installed is not None:
             return self._say_installed(asked.installed, options)
@@ -86,9 +87,15 @@ class Command(ModelCommand):
             raise InvalidRequest(f"The Hub has no {'MLX' if options['mlx'] else 'GGUF'} model for '{text}'.")
         if options["yes"]:
             return chosen[0]
+        if options["json"]:
+            self.print_json({"models": chosen})
+            raise InvalidRequest(AMBIGUOUS)
         return chosen[self._choose("Models:" if text else "Staff picks:", names)]
 
-    def _choose_variant(self, offered: list[Variant], default: Variant) -> Variant:
+    def _choose_variant(self, offered: list[Variant], default: Variant, options: dict[str, Any]) -> Variant:
+        if options["json"]:
+            self.print_json({"quantizations": [{"name": each.label, "sizeBytes": each.size_bytes} for each in offered]})
+            raise InvalidRequest(AMBIGUOUS)
         lines = [f"{variant.label}  {size(variant.size_bytes)}{'  (recommended)' if variant is default else ''}" for variant in offered]
         return offered[self._choose("Quantizations:", lines, offered.index(default))]
 
@@ -98,7 +105,7 @@ class Command(ModelCommand):
         for number, line in enumerate(lines, 1):
             self.stdout.write(f"  {number:>2}  {line}")
         if not sys.stdin.isatty():
-            raise InvalidRequest("Several are possible. Name one of them, or take the first with --yes.")
+            raise InvalidRequest(AMBIGUOUS)
         answer = input(f"Number [{default + 1}]: ").strip()
         if not answer:
             return default

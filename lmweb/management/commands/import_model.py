@@ -60,6 +60,8 @@ class Command(ModelCommand):
 
     def handle(self, *_: Any, **options: Any) -> None:
         """Import, and say what happened."""
+        if options["dry_run"] and (options["scan"] is not None or options["starter"]):
+            raise CommandError("--dry-run is for a file or a directory.")
         if options["scan"] is not None:
             return self._scan(options)
         if options["starter"] == (options["file"] is not None):
@@ -71,13 +73,9 @@ class Command(ModelCommand):
                 raise CommandError("The starter model could not be installed.")
             mode = Mode.COPY
         elif options["file"].suffix in {".yaml", ".yml"}:
-            model = virtual.install(principal=None, text=_text(options["file"]))
-            if options["json"]:
-                return self.print_json(model_info(model))
-            self.stdout.write(f"Added {model.key}, which runs on {model.base.key if model.base else 'nothing'}")
-            return None
+            return self._virtual(options)
         elif options["dry_run"]:
-            return self._dry_run(options["file"], options["user_repo"], mode)
+            return self._dry_run(options, mode)
         else:
             with self.bar(desc="Copying", unit="B", unit_scale=True) as bar:
 
@@ -90,6 +88,15 @@ class Command(ModelCommand):
         if options["json"]:
             return self.print_json(model_info(model))
         return self._say(model, mode)
+
+    def _virtual(self, options: dict[str, Any]) -> None:
+        text = _text(options["file"])
+        model = virtual.read(text) if options["dry_run"] else virtual.install(principal=None, text=text)
+        if options["json"]:
+            return self.print_json(model_info(model))
+        added = "Would add" if options["dry_run"] else "Added"
+        self.stdout.write(f"{added} {model.key}, which runs on {model.base.key if model.base else 'nothing'}")
+        return None
 
     def _scan(self, options: dict[str, Any]) -> None:
         folder = Path(options["scan"]) if options["scan"] else None
@@ -107,7 +114,8 @@ class Command(ModelCommand):
         facts = [model.architecture, model.params_string, model.quantization, size(model.size_bytes)]
         self.stdout.write(f"Imported {model.key} ({', '.join(facts)}, context {model.max_context_length})")
 
-    def _dry_run(self, file: Path, user_repo: str | None, mode: Mode) -> None:
+    def _dry_run(self, options: dict[str, Any], mode: Mode) -> None:
+        file, user_repo = options["file"], options["user_repo"]
         if file.is_dir():
             source = mlx.check_source(file, mode)
             name, facts = CONFIG, mlx.describe(read_directory(source))
@@ -118,6 +126,8 @@ class Command(ModelCommand):
         publisher, repo = naming.parse_user_repo(user_repo) if user_repo else guessed
         path = f"{publisher}/{repo}/{name}"
         key = services.free_key(publisher, repo, path, facts.quantization)
-        self.stdout.write(
-            f"Would {mode.value} {file} to {placement.models_dir() / path.removesuffix(f'/{CONFIG}')} as {key}. Nothing was done."
-        )
+        target = placement.models_dir() / path.removesuffix(f"/{CONFIG}")
+        if options["json"]:
+            return self.print_json({"modelKey": key, "path": path, "mode": mode.value, "dryRun": True})
+        self.stdout.write(f"Would {mode.value} {file} to {target} as {key}. Nothing was done.")
+        return None

@@ -8,7 +8,6 @@ from typing import Any
 from django.core.management.base import CommandParser
 from tqdm import tqdm
 
-from lmweb.errors import ModelLoadFailed
 from models_app import loading
 from models_app.cli import ModelCommand, choose, find_model, instance_info, model_choices, plan_info, plan_lines
 from models_app.defaults import load_config
@@ -71,11 +70,7 @@ class Command(ModelCommand):
     def _wait(self, instance: ModelInstance) -> ModelInstance:
         with self.bar(desc=f"Loading {instance.identifier}", total=100, bar_format="{desc}: {percentage:3.0f} % |{bar}| {postfix}") as bar:
             while True:
-                now = ModelInstance.objects.select_related("model").filter(pk=instance.pk).first()
-                if now is None or now.status == S.UNLOADING:
-                    raise ModelLoadFailed(f"{instance.identifier} was unloaded while it was being loaded.")
-                if now.status == S.FAILED:
-                    raise ModelLoadFailed(f"{instance.identifier} could not be loaded: {now.error}")
+                now = loading.loading_state(instance)
                 if now.status == S.READY:
                     return now
                 self._show(bar, now)

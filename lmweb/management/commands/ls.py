@@ -34,7 +34,7 @@ class Command(ModelCommand):
         if options["model"]:
             name = _name(find_model(options["model"]))
             found = found.filter(Q(key=name) | Q(key__startswith=f"{name}@"))
-        models = list(found.prefetch_related("instances"))
+        models = list(found.select_related("base").prefetch_related("instances"))
         if options["variants"]:
             models = [model for group in _groups(models) if len(group) > 1 for model in group]
         if options["json"]:
@@ -71,7 +71,7 @@ def _infos(models: list[InstalledModel]) -> list[dict[str, Any]]:
 
 def _row(model: InstalledModel) -> list[str]:
     context = str(model.max_context_length)
-    return [model.key, model.params_string, model.architecture, model.quantization, size(model.size_bytes), context, _state(model)]
+    return [model.key, model.params_string, model.architecture, model.quantization, size(model.weights_bytes), context, _state(model)]
 
 
 def _state(model: InstalledModel) -> str:

@@ -39,6 +39,7 @@ class Command(PlainCommand):
         listing.set_defaults(run=self.list)
         revoke = subcommands.add_parser("revoke", help="make a token useless from now on")
         revoke.add_argument("id", metavar="ID", help="the token's id, as 'token list' shows it")
+        revoke.add_argument("--json", action="store_true", help="print JSON")
         revoke.set_defaults(run=self.revoke)
 
     def create(self, options: dict[str, Any]) -> None:
@@ -69,6 +70,9 @@ class Command(PlainCommand):
     def revoke(self, options: dict[str, Any]) -> None:
         """Revoke a token."""
         token = revoke_token(options["id"])
+        if options["json"]:
+            self.stdout.write(json.dumps(_description(token)))
+            return
         self.stdout.write(f"The token '{token.name}' of {token.user.get_username()} is revoked.")
 
 

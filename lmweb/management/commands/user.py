@@ -37,13 +37,14 @@ class Command(PlainCommand):
         downloads.add_argument("allowed", choices=["yes", "no"], help="whether downloads need no request")
         downloads.set_defaults(run=self.downloads)
         listing = subcommands.add_parser("list", help="list accounts")
-        listing.add_argument("--json", action="store_true", help="print JSON")
         listing.set_defaults(run=self.list)
         limits = subcommands.add_parser("limits", help="set how many answers a person may have running and waiting")
         limits.add_argument("name", metavar="NAME", help="whose")
         for kind in ("running", "waiting"):
             limits.add_argument(f"--{kind}", metavar="N", help=f"how many may be {kind}; 0: any number; 'default': the installation's")
         limits.set_defaults(run=self.limits)
+        for subcommand in (create, downloads, listing, limits):
+            subcommand.add_argument("--json", action="store_true", help="print JSON")
 
     def create(self, options: dict[str, Any]) -> None:
         """Create an account."""
@@ -56,13 +57,11 @@ class Command(PlainCommand):
             raise InvalidRequest(" ".join(error.messages)) from None
         user.set_password(password)
         user.save()
-        self.stdout.write(f"Created the account '{user.get_username()}' ({user.get_role_display()}).")
+        self._say(options, user, f"Created the account '{user.get_username()}' ({user.get_role_display()}).")
 
     def limits(self, options: dict[str, Any]) -> None:
         """Set a person's limits, or show them."""
-        user = User.objects.filter(username=options["name"]).first()
-        if user is None:
-            raise NotFound(f"There is no account '{options['name']}'.")
+        user = _account(options["name"])
         if options["running"] is not None:
             user.running_limit = _limit(options["running"])
         if options["waiting"] is not None:
@@ -72,24 +71,19 @@ class Command(PlainCommand):
             f"{kind} {'default' if limit is None else limit or 'any number'}"
             for kind, limit in (("running", user.running_limit), ("waiting", user.waiting_limit))
         ]
-        self.stdout.write(f"{user.get_username()}: {', '.join(shown)}.")
+        self._say(options, user, f"{user.get_username()}: {', '.join(shown)}.")
 
     def downloads(self, options: dict[str, Any]) -> None:
         """Give or take the right to download models."""
-        user = User.objects.filter(username=options["name"]).first()
-        if user is None:
-            raise NotFound(f"There is no account '{options['name']}'.")
+        user = _account(options["name"])
         user.may_download = options["allowed"] == "yes"
         user.save(update_fields=["may_download"])
-        self.stdout.write(
-            f"{user.get_username()} {'downloads models without asking' if user.may_download else 'asks before downloads'} now."
-        )
+        words = "downloads models without asking" if user.may_download else "asks before downloads"
+        self._say(options, user, f"{user.get_username()} {words} now.")
 
     def list(self, options: dict[str, Any]) -> None:
         """List accounts."""
-        people = [
-            {"name": user.get_username(), "role": str(user.role), "active": user.is_active} for user in User.objects.order_by("username")
-        ]
+        people = [_person(user) for user in User.objects.order_by("username")]
         if options["json"]:
             self.stdout.write(json.dumps(people))
             return
@@ -97,6 +91,28 @@ class Command(PlainCommand):
             self.stdout.write(f"{person['role']:<8}  {person['name']}{'' if person['active'] else '  (not active)'}")
         if not people:
             self.stdout.write("There are no accounts. The server prints a set-up link when it starts without an admin.")
+
+    def _say(self, options: dict[str, Any], user: User, words: str) -> None:
+        """Say what has happened to an account, in words or for programs."""
+        self.stdout.write(json.dumps(_person(user)) if options["json"] else words)
+
+
+def _account(name: str) -> User:
+    user = User.objects.filter(username=name).first()
+    if user is None:
+        raise NotFound(f"There is no account '{name}'.")
+    return user
+
+
+def _person(user: User) -> dict[str, Any]:
+    return {
+        "name": user.get_username(),
+        "role": str(user.role),
+        "active": user.is_active,
+        "may_download": user.may_download,
+        "running_limit": user.running_limit,
+        "waiting_limit": user.waiting_limit,
+    }
 
 
 def _limit(text: str) -> int | None:
