@@ -141,6 +141,12 @@ def test_a_prompt_over_the_context_is_refused(bench: Bench, starter: InstalledMo
     assert "2048" in generation.error_message
 
 
+def test_a_prompt_far_over_the_context_is_not_even_split_into_tokens(bench: Bench, starter: InstalledModel) -> None:
+    generation = bench.run(starter, "word " * 200_000)
+    assert (generation.status, generation.error_code) == ("failed", "context_length_exceeded")
+    assert "characters" in generation.error_message
+
+
 def test_stop_strings_end_the_answer_and_are_not_sent(bench: Bench, starter: InstalledModel) -> None:
     stop = SamplingParams(temperature=0.0, repeat_penalty=1.0, stop=["port 12"])
     generation = bench.run(starter, "Which port does the server use?", sampling=stop)
