@@ -206,4 +206,4 @@ def _reason(text: str) -> str:
     """Return the library's reason in one line: its first, and what it says at the end of a picture of the place."""
     first, *rest = text.strip().splitlines() or ["unknown reason"]
     found = [line.removeprefix("error: ") for line in rest if line.startswith("error: ")]
-    return " ".join([first, *found[:1]])[:300]
+    return " ".join([first, *found[:1]])[:300].replace("\x00", "\ufffd")

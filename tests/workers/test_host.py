@@ -15,7 +15,7 @@ from tests.workers.support import GREEDY, Bench, make_host, wait_for
 from workers.events import ChatEnd, ChatStart, Error, MessageDelta, MessageEnd, MessageStart, ModelLoadEnd, ModelLoadStart
 from workers.models import WorkerNode
 from workers.runner_process import RunnerProcess
-from workers.schemas import ChatMessage, SamplingParams
+from workers.schemas import ChatMessage, OutputFormat, SamplingParams
 
 LONG = SamplingParams(temperature=0.0, repeat_penalty=1.0, max_tokens=1500, ignore_eos=True)
 
@@ -90,6 +90,15 @@ def test_a_request_that_nobody_foresaw_fails_alone(bench: Bench, starter: Instal
     bad = bench.finished(bench.create(starter, "42"))  # handed in by another thread, that of the runner which has loaded
     assert (bad.status, bad.error_code) == ("failed", "internal_error")
     assert bench.finished(bench.create(starter, "What is GGUF?")).status == "completed"
+
+
+def test_an_error_that_quotes_a_nul_is_stored(bench: Bench, starter: InstalledModel) -> None:
+    """Nothing else could be stored after it: the saver tried it for ever."""
+    asked = bench.create(starter, "hello", output_format=OutputFormat(kind="json_schema", value='{"type": "\\u0000"}'))
+    bench.host.generate(str(asked.pk))
+    refused = bench.finished(asked)
+    assert (refused.status, refused.error_code) == ("failed", "invalid_request")
+    assert bench.run(starter, "What is GGUF?").status == "completed"
 
 
 def test_a_request_that_this_release_cannot_read_ends(bench: Bench, starter: InstalledModel) -> None:
