@@ -228,7 +228,7 @@ class DjangoStore:
                         stats=msgspec.to_builtins(outcome.stats),
                         request=request,
                         error_code=error.code if error else "",
-                        error_message=error.message if error else "",
+                        error_message=_storable(error.message) if error else "",
                         lease_until=None,
                         finished_at=timezone.now(),
                     )
@@ -372,7 +372,7 @@ class DjangoStore:
         self._update_instance(
             instance_id,
             status=ModelInstance.Status.FAILED,
-            error=error,
+            error=_storable(error),
             error_code=code,
             error_details=details or {},
             note="",
@@ -408,6 +408,11 @@ class DjangoStore:
         """End a generation whose stored request this release cannot read: it would be claimed again and again."""
         words = "This request was stored by another release of the server, which this one cannot read. Please send it again."
         Generation.objects.filter(pk=generation_id).update(**_failure("generation_interrupted", words))
+
+
+def _storable(text: str) -> str:
+    """Return a text without NUL, which PostgreSQL does not take: an error may quote what a request said."""
+    return text.replace("\x00", "\ufffd")
 
 
 def _failure(code: str, message: str) -> dict[str, Any]:

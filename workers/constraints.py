@@ -7,6 +7,8 @@ milliseconds) and is shared by all engines. Schemas come from strangers: their s
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Protocol
@@ -23,6 +25,11 @@ CACHED_GRAMMARS = 64
 #: In symbols, up to ten for each property of a schema. Compiling takes time with the square of it, and nobody's answer goes on meanwhile:
 #: one second at this size, seven for the largest schema that a request may bring.
 MAX_GRAMMAR_SIZE = 30_000
+#: The same for ``multipleOf``: an automaton with so many states as the product of such numbers in a schema, their trailing zeros aside.
+#: The library would build one with two billion.
+MAX_MULTIPLES = 100_000
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9]+)')
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 #: What may stand between the parts of JSON: enough for any layout, too little for a weak model to write blanks for ever.
 JSON_WHITESPACE = r" |\n[ \t]{0,20}"
 
@@ -139,6 +146,7 @@ class ConstraintFactory:
     def _matcher(self, wanted: OutputFormat) -> LLMatcher:
         matcher = self._compiled.get(wanted)
         if matcher is None:
+            _check_multiples(wanted.value)
             matcher = LLMatcher(self._tokenizer, _grammar(wanted), log_level=0, limits=_LIMITS)
             if matcher.is_error():
                 raise InvalidRequest(f"The response format cannot be used: {_reason(matcher.get_error())}", param="response_format")
@@ -176,6 +184,15 @@ def _grammar(wanted: OutputFormat) -> str:
         raise InvalidRequest(f"The response format cannot be used: {_reason(str(error))}", param="response_format") from error
 
 
+def _check_multiples(text: str) -> None:
+    """Raise ``InvalidRequest`` if the ``multipleOf`` of a schema, or of those in a grammar, would take too long to compile."""
+    plain = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text)
+    digits = {number.replace(".", "").strip("+-0") for number in _MULTIPLE.findall(plain)}
+    if math.prod(int(each[:7]) for each in digits if each.isdecimal()) > MAX_MULTIPLES:
+        words = f"The response format cannot be used: its numbers for 'multipleOf' are too large, together {MAX_MULTIPLES:,} at most"
+        raise InvalidRequest(words, param="response_format")
+
+
 def _lark(grammar: str) -> str:
     """Return a GBNF grammar as Lark; Lark stays as it is. Raises ``ValueError``."""
     try:
@@ -189,4 +206,4 @@ def _reason(text: str) -> str:
     """Return the library's reason in one line: its first, and what it says at the end of a picture of the place."""
     first, *rest = text.strip().splitlines() or ["unknown reason"]
     found = [line.removeprefix("error: ") for line in rest if line.startswith("error: ")]
-    return " ".join([first, *found[:1]])[:300]
+    return " ".join([first, *found[:1]])[:300].replace("\x00", "\ufffd")

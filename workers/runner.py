@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 #: Prompts that take several steps report their progress.
 PROGRESS_MIN_TOKENS = 256
+#: Tokens are shorter than this. Splitting megabytes into tokens takes seconds, in which all others stand still; what is longer than so
+#: many times the context is refused without.
+MAX_TOKEN_CHARACTERS = 256
 
 
 @dataclass(slots=True)
@@ -271,13 +274,20 @@ class Runner:
 
     def _fit(self, prompter: Prompter, request: GenerationRequest) -> tuple[list[ChatMessage], str, list[int]]:
         """Return the messages that the model gets, with their prompt as text and tokens; too long only if nothing may be left out."""
+        context_length = self.engine.info.context_length
 
         def rendered(messages: list[ChatMessage]) -> tuple[str, list[int]]:
             text = prompter.render(request, messages)
+            if len(text) > context_length * MAX_TOKEN_CHARACTERS and request.context_overflow == "stopAtLimit":
+                raise ContextLengthExceeded(
+                    f"The prompt has {len(text)} characters, more than the model's context of {context_length} tokens can hold. "
+                    "Shorten it, or load the model with a longer context.",
+                    param="messages",
+                    details={"context_length": context_length},
+                )
             return text, self._tokenize(text)
 
         text, prompt = rendered(request.messages)
-        context_length = self.engine.info.context_length
         if len(prompt) < context_length or request.context_overflow == "stopAtLimit":
             return request.messages, text, prompt
         limit = context_length - room_for_answer(context_length, request.sampling.max_tokens)

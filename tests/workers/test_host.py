@@ -15,7 +15,7 @@ from tests.workers.support import ENDLESS, GREEDY, Bench, make_host, wait_for
 from workers.events import ChatEnd, ChatStart, Error, MessageDelta, MessageEnd, MessageStart, ModelLoadEnd, ModelLoadStart
 from workers.models import WorkerNode
 from workers.runner_process import RunnerProcess
-from workers.schemas import ChatMessage, SamplingParams
+from workers.schemas import ChatMessage, OutputFormat, SamplingParams
 
 
 def test_stream_and_row_tell_the_same_story(bench: Bench, starter: InstalledModel) -> None:
@@ -92,6 +92,15 @@ def test_a_request_that_nobody_foresaw_fails_alone(bench: Bench, starter: Instal
     assert bench.finished(bench.create(starter, "What is GGUF?")).status == "completed"
 
 
+def test_an_error_that_quotes_a_nul_is_stored(bench: Bench, starter: InstalledModel) -> None:
+    """Nothing else could be stored after it: the saver tried it for ever."""
+    asked = bench.create(starter, "hello", output_format=OutputFormat(kind="json_schema", value='{"type": "\\u0000"}'))
+    bench.host.generate(str(asked.pk))
+    refused = bench.finished(asked)
+    assert (refused.status, refused.error_code) == ("failed", "invalid_request")
+    assert bench.run(starter, "What is GGUF?").status == "completed"
+
+
 def test_a_request_that_this_release_cannot_read_ends(bench: Bench, starter: InstalledModel) -> None:
     generation = bench.create(starter, "What is GGUF?")
     Generation.objects.filter(pk=generation.pk).update(request={"model": 1})
@@ -140,6 +149,12 @@ def test_a_prompt_over_the_context_is_refused(bench: Bench, starter: InstalledMo
     assert generation.status == "failed"
     assert generation.error_code == "context_length_exceeded"
     assert "2048" in generation.error_message
+
+
+def test_a_prompt_far_over_the_context_is_not_even_split_into_tokens(bench: Bench, starter: InstalledModel) -> None:
+    generation = bench.run(starter, "word " * 200_000)
+    assert (generation.status, generation.error_code) == ("failed", "context_length_exceeded")
+    assert "characters" in generation.error_message
 
 
 def test_stop_strings_end_the_answer_and_are_not_sent(bench: Bench, starter: InstalledModel) -> None:

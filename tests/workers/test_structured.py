@@ -121,7 +121,9 @@ def schema_of(properties: int) -> str:
 
 def test_a_schema_may_be_large(starter_gguf: Path) -> None:
     model = Model(str(starter_gguf), gpu_layers=0, on_progress=lambda _fraction: None)
-    assert ConstraintFactory(model.grammar_tokenizer()).make(OutputFormat(kind="json_schema", value=schema_of(1000)))
+    factory = ConstraintFactory(model.grammar_tokenizer())
+    assert factory.make(OutputFormat(kind="json_schema", value=schema_of(1000)))
+    assert factory.make(OutputFormat(kind="json_schema", value='{"type": "number", "multipleOf": 0.01, "maximum": 1000000}'))
     model.close()
 
 
@@ -132,6 +134,9 @@ def test_a_schema_may_be_large(starter_gguf: Path) -> None:
         ("json_schema", '{"type": "string", "pattern": "(?=a)b"}', "look-around"),
         ("regex", "(((", "unclosed group"),
         ("json_schema", schema_of(8000), "too big"),
+        ("json_schema", '{"type": "integer", "multipleOf": 2147483648}', "multipleOf"),
+        ("json_schema", '{"allOf": [{"type": "number", "multipleOf": 997}, {"multipleOf": 99.1}]}', "multipleOf"),
+        ("grammar", 'start: %json {"type": "integer", "\\u006dultipleOf": 16777216}', "multipleOf"),
     ],
 )
 def test_a_format_that_cannot_be_used_says_what_is_wrong_with_it(starter_gguf: Path, kind: str, value: str, reason: str) -> None:
