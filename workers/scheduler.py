@@ -105,9 +105,11 @@ class Scheduler:
         can_share: whether the model's memory allows copying part of a sequence (recurrent ones do not).
         on_cpu: whether decoding sequences and prompts take turns instead of sharing a step. A GPU reads its weights once for
             both; a CPU has to multiply either way, and a tile of its attention that holds both visits the cells of all.
+        is_unified: whether the sequences share one KV cache. With caches of their own a CPU computes the attention of each prompt in
+            a step by itself, without tiles where there are less than a tile of its tokens.
     """
 
-    def __init__(self, *, slots: int, cells: int, batch_tokens: int, can_share: bool, on_cpu: bool) -> None:
+    def __init__(self, *, slots: int, cells: int, batch_tokens: int, can_share: bool, on_cpu: bool, is_unified: bool = True) -> None:
         self.slots = [Slot(i) for i in range(slots)]
         self.waiting: list[Sequence] = []
         self.fair = FairShare()
@@ -115,6 +117,7 @@ class Scheduler:
         self.batch_tokens = batch_tokens
         self.can_share = can_share
         self.on_cpu = on_cpu
+        self.one_prompt_per_step = on_cpu and not is_unified
         self._turn_left: int | None = None  # how many tokens of prompts belong to their turn; None: it begins with the next step
 
     @property
@@ -252,14 +255,15 @@ class Scheduler:
         self._turn_left = left - sum(chunk.end - chunk.start for chunk in chunks)
         return [], chunks
 
-    @staticmethod
-    def _chunks(prefilling: list[Slot], room: int) -> list[Chunk]:
+    def _chunks(self, prefilling: list[Slot], room: int) -> list[Chunk]:
         """Return what of these prompts is computed next, so many tokens at most."""
         chunks = []
-        for slot in prefilling:
+        for slot in prefilling[:1] if self.one_prompt_per_step else prefilling:
             n = min(slot.remaining, room)
             if n <= 0:
                 break
+            if self.on_cpu and 0 < slot.remaining - n < CPU_TILE < n:
+                n -= CPU_TILE  # else its last tokens would be less than a tile
             chunks.append(Chunk(slot, slot.n_kv, slot.n_kv + n))
             room -= n
         return chunks

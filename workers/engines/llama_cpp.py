@@ -176,9 +176,9 @@ class LlamaEngine(BatchingEngine):
         return parked
 
     def _worth_keeping(self, sequence: Sequence, n: int) -> int:
-        """Return how many of ``n`` cached tokens to use: on a CPU a whole tile of a long prompt takes less time than most of one."""
+        """Return how many of ``n`` cached tokens to use: on a CPU a whole tile of a long prompt takes less time than half of one."""
         total = len(sequence.tokens)
-        if self.scheduler.on_cpu and self.model.can_cut and n >= 4 * CPU_TILE and 5 * CPU_TILE // 8 <= total - n < CPU_TILE:
+        if self.scheduler.on_cpu and self.model.can_cut and n >= 4 * CPU_TILE and 3 * CPU_TILE // 8 <= total - n < CPU_TILE:
             return total - CPU_TILE
         return n
 
@@ -360,7 +360,14 @@ def load(path: str, config: LoadConfig, on_progress: Callable[[float], None]) ->
         bos_text=model.token_text(C.llama_vocab_bos(model.vocab)),
         eos_text=model.token_text(C.llama_vocab_eos(model.vocab)),
     )
-    scheduler = Scheduler(slots=config.parallel, cells=layout.cells, batch_tokens=batch_tokens, can_share=model.can_cut, on_cpu=not on_gpu)
+    scheduler = Scheduler(
+        slots=config.parallel,
+        cells=layout.cells,
+        batch_tokens=batch_tokens,
+        can_share=model.can_cut,
+        on_cpu=not on_gpu,
+        is_unified=layout.is_unified,
+    )
     speculation = Speculation(lookup=config.prompt_lookup and model.can_cut)
     return LlamaEngine(model, context, info, scheduler, KvPark(park_bytes()), logits_rows(config), speculation, make_embedder, make_draft)
 
