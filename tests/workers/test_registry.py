@@ -65,7 +65,7 @@ def test_the_documented_differences_are_the_declared_ones() -> None:
     words = {
         "embeddings": "Embeddings", "draft_model": "`draft_model`", "prompt_lookup": "`prompt_lookup`", "num_experts": "`num_experts`",
         "kv_cache_types": "Precision of keys and values", "gpu_layers": "`gpu_layers`", "flash_attention": "`flash_attention`",
-        "cpu_threads": "`cpu_threads`", "dry": "DRY",
+        "cpu_threads": "`cpu_threads`", "own_kv_caches": "`unified_kv_cache`", "dry": "DRY",
     }  # fmt: skip
     for each in registry.CARDS.values():
         assert each.lacks.keys() <= words.keys()

@@ -27,6 +27,7 @@ class Feature(StrEnum):
     DRAFT_MODEL = "draft_model"
     PROMPT_LOOKUP = "prompt_lookup"
     KV_CACHE_TYPES = "kv_cache_types"
+    OWN_KV_CACHES = "own_kv_caches"
     NUM_EXPERTS = "num_experts"
     GPU_LAYERS = "gpu_layers"
     FLASH_ATTENTION = "flash_attention"
@@ -47,6 +48,7 @@ LABELS: Mapping[Feature, str] = MappingProxyType(
         Feature.DRAFT_MODEL: "Draft models (speculative decoding)",
         Feature.PROMPT_LOOKUP: "Guesses from the text so far",
         Feature.KV_CACHE_TYPES: "Precision of keys and values",
+        Feature.OWN_KV_CACHES: "A KV cache for each answer, or one for all",
         Feature.NUM_EXPERTS: "Number of experts",
         Feature.GPU_LAYERS: "Part of the layers on the GPU",
         Feature.FLASH_ATTENTION: "Flash attention on or off",
@@ -62,6 +64,7 @@ _ASKED: tuple[tuple[Feature, str, Callable[[LoadConfig], bool]], ...] = (
     (Feature.PROMPT_LOOKUP, "prompt_lookup", lambda config: config.prompt_lookup),
     (Feature.KV_CACHE_TYPES, "k_cache_type", lambda config: config.k_cache_type != "f16"),
     (Feature.KV_CACHE_TYPES, "v_cache_type", lambda config: config.v_cache_type != "f16"),
+    (Feature.OWN_KV_CACHES, "unified_kv_cache", lambda config: config.unified_kv_cache is False),
     (Feature.NUM_EXPERTS, "num_experts", lambda config: config.num_experts is not None),
     (Feature.GPU_LAYERS, "gpu_layers", lambda config: config.gpu_layers > 0),
     (Feature.GPU_LAYERS, "offload_kv_cache_to_gpu", lambda config: not config.offload_kv_cache_to_gpu),

@@ -28,6 +28,7 @@ CARD = EngineCard(
             Feature.DRAFT_MODEL: "mlx-lm guesses ahead for one answer at a time only, not for several together.",
             Feature.PROMPT_LOOKUP: "mlx-lm has no guesses from the text so far.",
             Feature.KV_CACHE_TYPES: "mlx-lm keeps keys and values in the precision of the model when it computes several answers together.",
+            Feature.OWN_KV_CACHES: "mlx-lm keeps one cache for all answers.",
             Feature.NUM_EXPERTS: "mlx-lm uses as many experts as the model was trained with.",
             Feature.GPU_LAYERS: "MLX computes on one device: all layers (-1) or none (0) on the GPU, keys and values beside them.",
             Feature.FLASH_ATTENTION: "MLX always uses its own fused attention.",
