@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -378,7 +379,7 @@ def test_labels_of_places_fit_and_keep_their_room(page: Page, live: Live) -> Non
 
 def test_people_who_lose_access_are_sent_to_sign_in(context: BrowserContext, live: Live) -> None:
     live.create_admin()  # until there is one, nobody signs in
-    name = live.create_user("leaver")
+    name = live.create_user(f"leaver-{secrets.token_hex(4)}")  # who has left in a first try cannot sign in for a second
     page = sign_in(context, live, name)
     ready(page)
     page.wait_for_timeout(500)

@@ -227,7 +227,7 @@ def test_an_estimate_names_the_memory_on_the_gpu(micro: Path, node: WorkerNode) 
 
 
 def test_what_would_have_to_leave_is_said_and_leaves_only_when_asked(micro: Path, node: WorkerNode) -> None:
-    WorkerNode.objects.update(free_memory_bytes=600_000_000, total_memory_bytes=10_000_000_000)
+    WorkerNode.objects.update(free_memory_bytes=510_000_000, total_memory_bytes=10_000_000_000)
     run("import_model", str(micro), "--user-repo", "team/model")
     model = InstalledModel.objects.get()
     old = ModelInstance.objects.create(identifier="old", model=model, node=node, status="ready", memory_bytes=900_000_000)

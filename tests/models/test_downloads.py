@@ -212,7 +212,7 @@ def test_a_size_beyond_all_disks(repo: Repo, boss: Principal) -> None:
     for impossible in (2**60, 0, -1):
         repo.lies = {FILE: impossible}
         cache.clear()
-        with pytest.raises(InvalidRequest, match="no model"):
+        with pytest.raises(InvalidRequest, match="no complete model"):
             ask(boss)
 
 

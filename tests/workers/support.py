@@ -28,12 +28,12 @@ ENDLESS: dict[str, Any] = {
 }
 
 
-def wait_for(condition: Callable[[], object], *, seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], object], *, seconds: float = 20.0, every: float = 0.02) -> None:
     """Poll until the condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 def make_host(logs: Path, policy: Policy | None = None, *, store: DjangoStore | None = None) -> Host:
