@@ -105,6 +105,25 @@ def test_who_takes_over_a_neighbours_prefix_has_cells_of_its_own(micro: Path) ->
     engine.close()
 
 
+def test_a_short_prefix_of_a_long_neighbour_is_taken_over_too(micro: Path) -> None:
+    """The same instructions before somebody's book and somebody's question."""
+    engine = open_engine(micro, context_length=2048, parallel=2)
+    opening = " ".join(WORDS * 2)
+    n = len(engine.tokenize(opening, add_bos=True))
+    book = sequence(engine, "book", f"{opening} {' '.join(WORDS[::-1] * 20)}", limit=50, owner="a", shared=n)
+    assert 8 * n < len(book.prompt) < 2000
+    engine.add(book)
+    while not book.output:
+        step(engine)
+    question = sequence(engine, "question", f"{opening} child", limit=8, owner="b", shared=n)
+    engine.add(question)
+    step(engine)
+    assert question.cached >= n - 1
+    finish(engine)
+    assert question.output == alone(micro, f"{opening} child", limit=8)
+    engine.close()
+
+
 def test_dry_breaks_a_repeated_passage(engine: LlamaEngine) -> None:
     outputs = []
     for multiplier in (0.0, 80.0):

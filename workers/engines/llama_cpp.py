@@ -168,12 +168,16 @@ class LlamaEngine(BatchingEngine):
             )
 
     def _find_parked(self, sequence: Sequence, admission: Admission) -> tuple[Parked, int] | None:
-        """Return the parked state with the longest usable prefix; a neighbour with caches of their own parks one for the newcomer."""
+        """Return the parked state with the longest usable prefix, and its length.
+
+        With caches of their own, a running neighbour that has a longer one parks a copy of all it has: that takes microseconds per
+        token, and to compute one takes milliseconds, so hardly any prefix is too short for it.
+        """
         parked = self.park.find(sequence, whole=not self.model.can_cut)
-        if admission.source is not None and not self.context.is_unified and admission.n_shared > (parked[1] if parked else 0):
-            self._park(admission.source)
-            parked = self.park.find(sequence, whole=False)
-        return parked
+        if admission.source is None or self.context.is_unified:
+            return parked
+        worth = max(MIN_TOKENS, parked[1] + 1 if parked else 0)
+        return (self._park(admission.source), admission.n_shared) if admission.n_shared >= worth else parked
 
     def _worth_keeping(self, sequence: Sequence, n: int) -> int:
         """Return how many of ``n`` cached tokens to use: on a CPU a whole tile of a long prompt takes less time than half of one."""
@@ -193,14 +197,17 @@ class LlamaEngine(BatchingEngine):
 
     def _vacate(self, slot: Slot) -> None:
         """Park what a slot has computed, and free it."""
-        self._park(slot)
+        if slot.n_kv >= MIN_TOKENS:
+            self._park(slot)
         self.context.clear(slot.id)
         self.scheduler.release(slot)
 
-    def _park(self, slot: Slot) -> None:
+    def _park(self, slot: Slot) -> Parked:
         sequence = slot.sequence
-        if sequence is not None and slot.n_kv >= MIN_TOKENS:
-            self.park.add(Parked(slot.tokens[: slot.n_kv], sequence.owner, sequence.shared_prefix, self.context.save(slot.id)))
+        assert sequence is not None
+        parked = Parked(slot.tokens[: slot.n_kv], sequence.owner, sequence.shared_prefix, self.context.save(slot.id))
+        self.park.add(parked)
+        return parked
 
     def _close_gaps(self) -> None:
         """Move sequences to lower slots until no free one lies between them: llama.cpp computes neighbours only in one go.
