@@ -56,7 +56,9 @@ class LimitedRequest(daphne.http_protocol.WebRequest):
         Whatever does not go out at once, also because of an error, is left to that turn.
         """
         super().handle_reply(message)
-        transport = self.channel.transport if self.channel else None
+        if self.finished or self.channel is None:
+            return  # the connection may be about to close, which that turn sees to
+        transport = self.channel.transport
         if isinstance(transport, Connection) and transport.connected:
             transport.doWrite()  # type: ignore[no-untyped-call]
 

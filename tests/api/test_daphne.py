@@ -137,6 +137,23 @@ def _wait_for(find: object) -> Generation:
     raise AssertionError("did not happen")
 
 
+@pytest.mark.parametrize("connection", ["keep-alive", "close"])
+def test_an_ordinary_answer_ends_in_order(port: int, connection: str) -> None:
+    """The end of an answer may be the end of its connection; the fixture looks for tracebacks."""
+    with connect(port) as client:
+        client.settimeout(10)
+        for _ in range(2 if connection == "keep-alive" else 1):
+            client.sendall(f"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: {connection}\r\n\r\n".encode())
+            answer = b""
+            while b"invalid_api_key" not in answer:
+                received = client.recv(4000)
+                assert received
+                answer += received
+        if connection == "close":
+            while client.recv(4000):
+                pass
+
+
 BUSY = """
 import time
 from lmweb import daphne_limits
