@@ -57,7 +57,12 @@ class ConfigForm(ServiceForm):
         required=False,
         help_text="More wait in the queue.",
     )
-    flash_attention = forms.ChoiceField(label="Flash attention", choices=AUTOMATIC, required=False)
+    flash_attention = forms.ChoiceField(
+        label="Flash attention",
+        choices=AUTOMATIC,
+        required=False,
+        help_text="On a CPU, off can write answers faster; prompts take longer, and more memory.",
+    )
     eval_batch_size = forms.IntegerField(
         label="Evaluation batch size", min_value=32, max_value=16_384, required=False, help_text="Tokens of a prompt per step."
     )
