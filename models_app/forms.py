@@ -61,7 +61,7 @@ class ConfigForm(ServiceForm):
         label="Flash attention",
         choices=AUTOMATIC,
         required=False,
-        help_text="On a CPU, off can write answers faster; prompts take longer, and more memory.",
+        help_text="Off: prompts are read more slowly on a CPU, and it takes more memory.",
     )
     eval_batch_size = forms.IntegerField(
         label="Evaluation batch size", min_value=32, max_value=16_384, required=False, help_text="Tokens of a prompt per step."

@@ -2,3 +2,16 @@
 # would take a third of the compiling time. A plain variable wins over the cache entry which that build forces.
 set(LLAMA_BUILD_COMMON OFF)
 include("${CMAKE_CURRENT_LIST_DIR}/amx.cmake")
+
+# With AVX512-FP16 llama.cpp's loops over halves take 128 numbers at once and do what is left one by one. Heads of 64 are all left
+# over: attention of a decode step took five times as long. Without these instructions it counts in F32, 16 at once, more exactly too.
+if(CMAKE_SOURCE_DIR STREQUAL CMAKE_CURRENT_SOURCE_DIR AND CMAKE_VERSION VERSION_GREATER_EQUAL 3.19)
+  function(lmweb_leave_fp16)
+    include(CheckCXXCompilerFlag)
+    check_cxx_compiler_flag(-mno-avx512fp16 LMWEB_KNOWS_FP16)
+    if(TARGET ggml-cpu AND LMWEB_KNOWS_FP16)
+      target_compile_options(ggml-cpu PRIVATE -mno-avx512fp16)
+    endif()
+  endfunction()
+  cmake_language(DEFER CALL lmweb_leave_fp16)
+endif()
