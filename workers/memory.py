@@ -17,7 +17,7 @@ from workers.schemas import LoadConfig
 #: KV cells beyond one full context, so that short requests run side by side, cost at most this much memory.
 EXTRA_CELLS_BYTES = 256 * 1024 * 1024
 #: On a CPU each sequence has a KV cache of its own where all of them take at most this, and at most a tenth of the machine's memory:
-#: in a shared one a token's attention passes over the cells of everybody (a step of sixteen took a fifth more time).
+#: in a shared one a token's attention passes over the cells of everybody (a step of sixteen took two thirds more time).
 OWN_CACHES_BYTES = 2 * 1024**3
 OWN_CACHES_SHARE = 10
 #: Bytes per number of the precisions that keys and values may have, relative to 16 bits (ggml's block formats with their scales).

@@ -20,6 +20,10 @@ RESERVED_OUTPUT = 512
 MIN_CHUNK = 32
 #: llama.cpp's attention takes prompts in tiles of so many tokens on a CPU; what is less costs several times as much per token.
 CPU_TILE = 64
+#: So few tokens cost less by themselves than a tile that they do not fill.
+CPU_REST = 16
+#: While more people wait for the first token than for the next one, a turn of prompts may be so many times as long, at most.
+LONGEST_TURN = 4.0
 #: Short prompts are computed before long ones, so that a chat need not wait for somebody's book; every second of waiting makes up
 #: for so many tokens, so that the book gets its turn.
 PROMPT_AGEING_TOKENS = 200.0
@@ -118,7 +122,7 @@ class Scheduler:
         self.can_share = can_share
         self.on_cpu = on_cpu
         self.one_prompt_per_step = on_cpu and not is_unified
-        self._turn_left: int | None = None  # how many tokens of prompts belong to their turn; None: it begins with the next step
+        self._turn: tuple[int, int] | None = None  # of the prompts: tokens it may have, tokens it had; None: it begins with the next step
 
     @property
     def running(self) -> list[Slot]:
@@ -163,8 +167,8 @@ class Scheduler:
         if free is None:
             return None
         for sequence in self.queue() if len(self.waiting) > 1 else self.waiting:
-            source, n_shared, pending = self._best_prefix(sequence)
-            if pending > n_shared + COALESCE_TOKENS:
+            source, n_shared, is_growing = self._best_prefix(sequence)
+            if is_growing:
                 continue  # somebody computes a longer common prefix right now: come back when it is there
             if not self._fits(sequence, n_shared):
                 return None  # nobody overtakes whose turn it is, or a long prompt would wait for ever
@@ -234,25 +238,30 @@ class Scheduler:
         room = self._prompt_room(len(decoding), prefill_budget)
         if self.on_cpu and decoding and prefilling:
             return self._take_turns(decoding, prefilling, room)
-        self._turn_left = None
+        self._turn = None
         return decoding, self._chunks(prefilling, room)
 
     def _take_turns(self, decoding: list[Slot], prefilling: list[Slot], room: int) -> tuple[list[Slot], list[Chunk]]:
         """Return a step of prompts, until ``room`` of their tokens are computed, and then a step of those who decode.
 
         Each prompt has a step of its own, so that its answer begins as soon as it is read and not when its neighbours are; those
-        shorter than a tile share one. What is left of a prompt is not cut once more for less than a tile.
+        shorter than a tile share one. What is left of a prompt is not cut once more for less than a tile. A turn is longer for a
+        whole prompt while more people wait for their first token than for the next: few who decode leave a CPU half idle.
         """
-        left = room if self._turn_left is None else self._turn_left // CPU_TILE * CPU_TILE
-        if left <= 0:
-            self._turn_left = None
-            return decoding, []
+        room, used = self._turn or (room, 0)
+        left = (room - used) // CPU_TILE * CPU_TILE if used else room
         first = prefilling[0].remaining
+        if left <= 0:
+            longest = room * min(LONGEST_TURN, len(prefilling) / len(decoding))
+            if used + first > longest:
+                self._turn = None
+                return decoding, []
+            left = first
         wanted = max(first, CPU_TILE) if first < left + CPU_TILE else left
         chunks = self._chunks(prefilling, min(wanted, self.batch_tokens))
         if len(chunks) > 1 and chunks[-1].end < len(chunks[-1].slot.tokens):
             chunks.pop()
-        self._turn_left = left - sum(chunk.end - chunk.start for chunk in chunks)
+        self._turn = room, used + sum(chunk.end - chunk.start for chunk in chunks)
         return [], chunks
 
     def _chunks(self, prefilling: list[Slot], room: int) -> list[Chunk]:
@@ -262,7 +271,7 @@ class Scheduler:
             n = min(slot.remaining, room)
             if n <= 0:
                 break
-            if self.on_cpu and 0 < slot.remaining - n < CPU_TILE < n:
+            if self.on_cpu and CPU_REST < slot.remaining - n < CPU_TILE < n:
                 n -= CPU_TILE  # else its last tokens would be less than a tile
             chunks.append(Chunk(slot, slot.n_kv, slot.n_kv + n))
             room -= n
@@ -285,11 +294,15 @@ class Scheduler:
     def _running_sequences(self) -> list[Sequence]:
         return [slot.sequence for slot in self.slots if slot.sequence is not None]
 
-    def _best_prefix(self, sequence: Sequence) -> tuple[Slot | None, int, int]:
-        """Return the slot with the longest computed common prefix, its length, and the longest one still being computed."""
-        best, length, pending = None, 0, 0
+    def _best_prefix(self, sequence: Sequence) -> tuple[Slot | None, int, bool]:
+        """Return the slot with the longest computed common prefix, its length, and whether to wait for more.
+
+        It is worth waiting for a much longer one that is being computed, and on a CPU for any that is finished before this prompt
+        would have its turn, because there prompts are computed one after the other, shortest first.
+        """
         if not self.can_share:
-            return None, 0, 0
+            return None, 0, False
+        best, length, growing = None, 0, []
         tokens = sequence.tokens
         limit = len(tokens) - 1  # one token must be computed to get logits
         for slot in self.running:
@@ -298,8 +311,11 @@ class Scheduler:
             if min(n, slot.n_kv) > length:
                 best, length = slot, min(n, slot.n_kv)
             if n > slot.n_kv:
-                pending = max(pending, n)
-        return best, length, pending
+                growing.append((n, slot.remaining))
+        is_growing = any(
+            n > length + COALESCE_TOKENS or (self.on_cpu and n > length and remaining <= len(tokens) - length) for n, remaining in growing
+        )
+        return best, length, is_growing
 
     def _fits(self, sequence: Sequence, n_shared: int) -> bool:
         used = sum(len(slot.tokens) - slot.borrowed + self._reserve(slot.sequence) for slot in self.running if slot.sequence)

@@ -180,3 +180,67 @@ def test_short_prompts_take_one_turn_but_a_step_each_and_long_ones_are_cut() -> 
                 chunk.slot.sequence.output.append(1)
                 chunk.slot.tokens.append(1)
     assert steps == [[("tinier", 10), ("tiny", 20)], [("a", 100)], [("b", 110)], 5, [("long", 256)], 5]
+
+
+def a_scheduler(lengths: dict[str, int], *, answering: int) -> Scheduler:
+    """Return one on a CPU with caches apart, whose first sequences answer and whose others have prompts of these lengths to compute."""
+    scheduler = Scheduler(slots=len(lengths), cells=20_000, batch_tokens=512, can_share=True, on_cpu=True, is_unified=False)
+    for index, (slot, (name, length)) in enumerate(zip(scheduler.slots, lengths.items(), strict=True)):
+        item = Sequence(name, name, [index, *range(length - 1)], 0, GREEDY, limit=50)
+        if index < answering:
+            item.output = [1]
+        scheduler.occupy(slot, item, length if index < answering else 0)
+    return scheduler
+
+
+def planned(scheduler: Scheduler, budget: int, steps: int) -> list[tuple[str, int] | int]:
+    """Compute these steps; returns the prompt and its tokens, or how many answered."""
+    done: list[tuple[str, int] | int] = []
+    for _ in range(steps):
+        decoding, chunks = scheduler.plan(budget)
+        done.append((chunks[0].slot.sequence.id, chunks[0].end - chunks[0].start) if chunks else len(decoding))
+        for chunk in chunks:
+            chunk.slot.n_kv = chunk.end
+            if not chunk.slot.remaining:
+                chunk.slot.sequence.output.append(1)
+                chunk.slot.tokens.append(1)
+    return done
+
+
+def test_while_more_people_wait_for_the_first_token_whole_prompts_go_before_the_next_one() -> None:
+    """Few who answer leave a CPU half idle; nobody's answer waits for somebody's book, or when as many answer as wait."""
+    scheduler = a_scheduler({"one": 20} | dict.fromkeys("abcdef", 150), answering=1)
+    turns = [("a", 64), ("a", 86), 2, ("b", 64), ("b", 86), 3, ("c", 64), 3, ("c", 86), 4]
+    assert planned(scheduler, 64, len(turns)) == turns
+    scheduler = a_scheduler({"one": 20, "book": 2_000, "another": 2_100}, answering=1)
+    assert planned(scheduler, 64, 4) == [("book", 64), 1, ("book", 64), 1]
+
+
+@pytest.mark.parametrize("batch", [32, 64])
+def test_a_prompt_goes_on_beside_answers_also_where_a_batch_holds_less_than_a_tile(batch: int) -> None:
+    scheduler = a_scheduler({"one": 20, "a": 100}, answering=1)
+    scheduler.batch_tokens = batch
+    assert planned(scheduler, 64, 3) == [("a", batch), 1, ("a", min(batch, 100 - batch))]
+
+
+def test_whoever_would_be_computed_later_waits_for_the_rest_of_a_neighbours_prefix() -> None:
+    """On a CPU prompts are computed one by one: to begin without its last tokens would compute them twice."""
+    scheduler = Scheduler(slots=3, cells=20_000, batch_tokens=512, can_share=True, on_cpu=True, is_unified=False)
+    system = [*range(2_000)]
+    first, second, brief = (
+        Sequence(name, name, system[:shared] + tail, shared, GREEDY, limit=8)
+        for name, shared, tail in (("first", 2_000, [7] * 52), ("second", 2_000, [8] * 52), ("brief", 30, [9] * 10))
+    )
+    scheduler.occupy(scheduler.slots[0], first, 1_984)
+    scheduler.enqueue(second)
+    assert scheduler.next_admission() is None
+    scheduler.slots[0].n_kv = 2_048
+    admission = scheduler.next_admission()
+    assert admission is not None
+    assert admission.n_shared == 2_000
+    scheduler.occupy(admission.slot, second, 0)
+    scheduler.slots[0].n_kv = 20
+    scheduler.enqueue(brief)  # goes before the long ones, so it need not wait for ten more tokens of theirs
+    admission = scheduler.next_admission()
+    assert admission is not None
+    assert admission.n_shared == 20

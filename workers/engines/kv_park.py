@@ -22,7 +22,7 @@ class Parked:
     tokens: list[int]
     owner: str
     shared_prefix: int
-    data: bytes
+    data: bytearray
 
 
 class KvPark:

@@ -298,17 +298,16 @@ class Context:
         """Remove all tokens of a sequence."""
         C.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
-    def save(self, sequence: int) -> bytes:
+    def save(self, sequence: int) -> bytearray:
         """Return the state of a sequence."""
-        size = C.llama_state_seq_get_size(self.handle, sequence)
-        buffer = (ctypes.c_uint8 * size)()
-        n = C.llama_state_seq_get_data(self.handle, buffer, size, sequence)
-        return bytes(memoryview(buffer)[:n])
+        state = bytearray(C.llama_state_seq_get_size(self.handle, sequence))
+        n = C.llama_state_seq_get_data(self.handle, (ctypes.c_uint8 * len(state)).from_buffer(state), len(state), sequence)
+        return state if n == len(state) else state[:n]
 
-    def restore(self, sequence: int, data: bytes) -> bool:
+    def restore(self, sequence: int, state: bytearray) -> bool:
         """Load a saved state into a free sequence. Returns False (and leaves it empty) when the cells do not suffice."""
-        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-        if C.llama_state_seq_set_data(self.handle, buffer, len(data), sequence) == len(data):
+        n = C.llama_state_seq_set_data(self.handle, (ctypes.c_uint8 * len(state)).from_buffer(state), len(state), sequence)
+        if n == len(state):
             return True
         self.clear(sequence)
         return False
