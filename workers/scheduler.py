@@ -22,8 +22,8 @@ MIN_CHUNK = 32
 CPU_TILE = 64
 #: So few tokens cost less by themselves than a tile that they do not fill.
 CPU_REST = 16
-#: While more people wait for the first token than for the next one, a turn of prompts may be so many times as long, at most.
-LONGEST_TURN = 4.0
+#: While more people wait for the first token than for the next one, a turn may take in whole prompts up to so many times its room.
+LONGEST_TURN = 4
 #: Short prompts are computed before long ones, so that a chat need not wait for somebody's book; every second of waiting makes up
 #: for so many tokens, so that the book gets its turn.
 PROMPT_AGEING_TOKENS = 200.0
@@ -245,15 +245,14 @@ class Scheduler:
         """Return a step of prompts, until ``room`` of their tokens are computed, and then a step of those who decode.
 
         Each prompt has a step of its own, so that its answer begins as soon as it is read and not when its neighbours are; those
-        shorter than a tile share one. What is left of a prompt is not cut once more for less than a tile. A turn is longer for a
-        whole prompt while more people wait for their first token than for the next: few who decode leave a CPU half idle.
+        shorter than a tile share one. What is left of a prompt is not cut once more for less than a tile. A turn is longer for
+        whole prompts while more wait for their first token than for the next: few who decode leave a CPU half idle.
         """
         room, used = self._turn or (room, 0)
         left = (room - used) // CPU_TILE * CPU_TILE if used else room
         first = prefilling[0].remaining
         if left <= 0:
-            longest = room * min(LONGEST_TURN, len(prefilling) / len(decoding))
-            if used + first > longest:
+            if len(prefilling) <= len(decoding) or used + first > room * LONGEST_TURN:
                 self._turn = None
                 return decoding, []
             left = first
@@ -288,7 +287,7 @@ class Scheduler:
         if not decoding:
             return self.batch_tokens
         if self.on_cpu:
-            return min(self.batch_tokens, max(CPU_TILE, prefill_budget // CPU_TILE * CPU_TILE))
+            return min(self.batch_tokens, max(CPU_TILE, round(prefill_budget / CPU_TILE) * CPU_TILE))
         return max(MIN_CHUNK, min(self.batch_tokens - decoding, prefill_budget))
 
     def _running_sequences(self) -> list[Sequence]:

@@ -208,9 +208,9 @@ def planned(scheduler: Scheduler, budget: int, steps: int) -> list[tuple[str, in
 
 
 def test_while_more_people_wait_for_the_first_token_whole_prompts_go_before_the_next_one() -> None:
-    """Few who answer leave a CPU half idle; nobody's answer waits for somebody's book, or when as many answer as wait."""
+    """Few who answer leave a CPU half idle; nobody's answer waits for somebody's book, or once as many answer as wait."""
     scheduler = a_scheduler({"one": 20} | dict.fromkeys("abcdef", 150), answering=1)
-    turns = [("a", 64), ("a", 86), 2, ("b", 64), ("b", 86), 3, ("c", 64), 3, ("c", 86), 4]
+    turns = [("a", 64), ("a", 86), 2, ("b", 64), ("b", 86), 3, ("c", 64), ("c", 86), 4, ("d", 64), 4, ("d", 86), 5]
     assert planned(scheduler, 64, len(turns)) == turns
     scheduler = a_scheduler({"one": 20, "book": 2_000, "another": 2_100}, answering=1)
     assert planned(scheduler, 64, 4) == [("book", 64), 1, ("book", 64), 1]
