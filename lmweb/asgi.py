@@ -19,6 +19,7 @@ from api.render import BODY_LIMITS, render_refusal
 from lmweb.body_limits import Receive, RequestLimits, Scope, Send
 from lmweb.origin import SameOrigin
 from lmweb.routing import websocket_urlpatterns
+from lmweb.static_files import StaticFiles
 
 api_application = ApiHandler()
 
@@ -31,7 +32,7 @@ async def http_application(scope: Scope, receive: Receive, send: Send) -> None:
 
 application = ProtocolTypeRouter(
     {
-        "http": RequestLimits(http_application, BODY_LIMITS, render_refusal),
+        "http": RequestLimits(StaticFiles(http_application), BODY_LIMITS, render_refusal),
         "websocket": SameOrigin(AuthMiddlewareStack(URLRouter(websocket_urlpatterns))),
     }
 )

@@ -25,6 +25,7 @@ def icon_names() -> frozenset[str]:
 
 
 @register.simple_tag
+@lru_cache(maxsize=256)
 def icon(name: str, label: str = "") -> SafeString:
     """Return an icon; decorative without a label, an image with that accessible name with one.
 

@@ -172,7 +172,7 @@ async function showBadge() {
 }
 
 if (badge) {
-  showBadge();
+  addEventListener("load", showBadge, { once: true }); // not before the page can be used
   document.addEventListener("activity-changed", showBadge);
 }
 

@@ -20,7 +20,7 @@ export class Composer {
     this.text.addEventListener("input", () => this.changed());
     this.openChat(chatId);
     if (!this.text.value) this.text.value = sessionStorage.getItem(this.key) ?? "";
-    this.changed();
+    this.fit();
     if (!coarse.matches) this.text.focus(); // on a phone that would cover half the page with the keyboard
   }
 
@@ -36,6 +36,10 @@ export class Composer {
 
   changed() {
     sessionStorage.setItem(this.key, this.text.value);
+    this.fit();
+  }
+
+  fit() {
     if (!CSS.supports("field-sizing", "content")) {
       this.text.style.height = "auto";
       this.text.style.height = `${this.text.scrollHeight}px`;

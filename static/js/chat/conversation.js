@@ -1,9 +1,11 @@
 // The list of messages: order, paging upwards, following the newest line, one running answer at a time.
 
 import { element } from "../base.js";
-import { Answer, Question } from "./message.js";
+import { Answer, isRunning, Question } from "./message.js";
 
 const NEAR_BOTTOM = 64;
+const CHUNK = 2; // messages that are rendered in one go
+const FRAME = 16;
 
 export class Conversation {
   /** `page` gives chatId, modelName, regenerate, stop, modelsChanged and stateChanged. */
@@ -16,9 +18,11 @@ export class Conversation {
     this.jump = document.getElementById("jump");
     this.views = new Map();
     this.following = true;
-    for (const message of messages) this.append(message);
-    if (older) this.watchTop(); // first: it takes room above the messages
+    this.waiting = messages; // those that are not rendered yet, from the first one on
+    this.olderExist = older;
+    this.fillWindow();
     this.watchScrolling();
+    this.fillLater();
   }
 
   get last() {
@@ -29,6 +33,50 @@ export class Conversation {
   get running() {
     return [...this.views.values()].filter((view) => view.running);
   }
+
+  // --- filling: what is seen first, the rest when there is time -----------------------------------------------------
+
+  /** Render the newest messages, as many as the window shows, and whatever is still being written. */
+  fillWindow() {
+    do this.list.prepend(...this.render(this.waiting.splice(-CHUNK)));
+    while (this.waiting.length && (this.list.offsetHeight < this.scroller.clientHeight || this.waiting.some(isRunning)));
+  }
+
+  /** Render the others from the newest one up, a few at a time, so that typing never waits for them. */
+  fillLater() {
+    if (this.waiting.length) setTimeout(() => this.fillMore(), FRAME);
+    else if (this.olderExist) this.watchTop();
+  }
+
+  fillMore() {
+    if (!this.waiting.length) return; // `fillNow` came in between
+    this.insertAbove(this.waiting.splice(-CHUNK));
+    this.fillLater();
+  }
+
+  /** Render all that waits; for whoever needs the messages as a whole. */
+  fillNow() {
+    if (!this.waiting.length) return;
+    this.insertAbove(this.waiting.splice(0));
+    this.fillLater();
+  }
+
+  render(messages) {
+    return messages.map((data) => this.view(data).element);
+  }
+
+  insertAbove(messages) {
+    this.keepPlace(() => this.list.prepend(...this.render(messages)));
+  }
+
+  /** Change something above what is being read without moving that. */
+  keepPlace(change) {
+    const height = this.scroller.scrollHeight;
+    change();
+    this.scroller.scrollTop += this.scroller.scrollHeight - height;
+  }
+
+  // --- messages that come and go -------------------------------------------------------------------------------------
 
   view(data) {
     const view = data.role === "user" ? new Question(data, this.page) : new Answer(data, this.page);
@@ -45,6 +93,7 @@ export class Conversation {
   /** Take a message from the server: confirm one that is shown, or put a new one after its parent, where it starts a newer branch. */
   receive(data) {
     this.newest = data.id;
+    if (!this.views.has(data.id) && !this.views.has(data.parent_id)) this.fillNow();
     const known = this.views.get(data.id);
     if (known) {
       if (known.role === "user") known.setState("");
@@ -117,7 +166,7 @@ export class Conversation {
 
   watchTop() {
     this.top = element("div", { class: "older column" }, element("span", { class: "skeleton" }), element("span", { class: "skeleton" }));
-    this.list.before(this.top);
+    this.keepPlace(() => this.list.before(this.top));
     this.observer = new IntersectionObserver((entries) => entries[0].isIntersecting && this.loadOlder(), { root: this.scroller, rootMargin: "600px 0px 0px" });
     this.observer.observe(this.top);
   }
@@ -138,11 +187,11 @@ export class Conversation {
   }
 
   prepend({ messages, older }) {
-    const height = this.scroller.scrollHeight;
-    this.list.prepend(...messages.map((data) => this.view(data).element));
     this.observer.unobserve(this.top);
+    this.keepPlace(() => {
+      this.list.prepend(...this.render(messages));
+      if (!older) this.top.remove();
+    });
     if (older) this.observer.observe(this.top);
-    else this.top.remove();
-    this.scroller.scrollTop += this.scroller.scrollHeight - height;
   }
 }

@@ -3,6 +3,7 @@
 import { toast } from "../base.js";
 import { Composer } from "./composer.js";
 import { Conversation } from "./conversation.js";
+import { loadLibraries } from "./markdown.js";
 import { Panel } from "./panel.js";
 import { Picker } from "./picker.js";
 import { closeDrawers, Sidebar } from "./sidebar.js";
@@ -32,7 +33,6 @@ const conversation = new Conversation(page, data);
 const composer = new Composer({ chatId: page.chatId, send, stop: () => conversation.running.forEach(page.stop) });
 const transport = new Transport("/ws/chat");
 
-document.cookie = `zone=${Intl.DateTimeFormat().resolvedOptions().timeZone}; path=/; max-age=31536000; samesite=lax`;
 composer.setBusy(conversation.running.length > 0);
 
 // --- sending -------------------------------------------------------------------------------------------------------
@@ -166,6 +166,11 @@ function showWelcome(model) {
   if (starter) starter.hidden = !model?.is_starter;
 }
 
+// Slow to find out, and only wanted for the next page: the reader's time zone.
+setTimeout(() => {
+  document.cookie = `zone=${Intl.DateTimeFormat().resolvedOptions().timeZone}; path=/; max-age=31536000; samesite=lax`;
+});
+
 document.addEventListener("click", (event) => {
   const prompt = event.target.closest("[data-prompt]");
   if (prompt) send(prompt.dataset.prompt);
@@ -185,3 +190,6 @@ document.addEventListener("keydown", (event) => {
     picker.open();
   }
 });
+
+// Answers come over the line, so it opens when they can be shown; a message that is sent before waits in the outbox.
+loadLibraries().finally(() => transport.start());

@@ -2,9 +2,6 @@
 
 import { copyText, element, icon } from "../base.js";
 
-const { Marked } = globalThis.marked;
-const DOMPurify = globalThis.DOMPurify;
-
 // Markup that models write on purpose inside Markdown. Everything else that looks like a tag is shown as the text it is.
 const PLAIN_TAG = /^<\/?(?:br|sub|sup|kbd|b|i|em|strong|u|s|hr|details|summary)\s*\/?>$/i;
 const ALLOWED_TAGS = [
@@ -23,7 +20,7 @@ const CONFIG = {
 
 const escapeHtml = (text) => text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
 
-const marked = new Marked({
+const OPTIONS = {
   gfm: true,
   breaks: true,
   renderer: {
@@ -35,15 +32,32 @@ const marked = new Marked({
       return `<pre><code${language ? ` class="language-${escapeHtml(language)}"` : ""}>${escapeHtml(text)}</code></pre>`;
     },
   },
-});
+};
 
-DOMPurify.addHook("uponSanitizeAttribute", (node, data) => {
+/** Load what rendering needs, unless the page has done so: one with messages to show does, the others need it for the first answer. */
+export async function loadLibraries() {
+  if (globalThis.marked && globalThis.DOMPurify) return;
+  await Promise.all([import("../../vendor/marked.umd.js"), import("../../vendor/purify.min.js")]);
+}
+
+let parser;
+
+/** Return the parser, which is set up at its first use. */
+function marked() {
+  if (!parser) {
+    parser = new globalThis.marked.Marked(OPTIONS);
+    globalThis.DOMPurify.addHook("uponSanitizeAttribute", keepAttribute);
+  }
+  return parser;
+}
+
+function keepAttribute(node, data) {
   if (data.attrName === "class") data.keepAttr = node.nodeName === "CODE" && /^language-[\w+#.-]+$/.test(data.attrValue);
   if (data.attrName === "type") data.keepAttr = data.attrValue === "checkbox";
-});
+}
 
 function clean(html) {
-  const fragment = DOMPurify.sanitize(html, CONFIG);
+  const fragment = globalThis.DOMPurify.sanitize(html, CONFIG);
   for (const link of fragment.querySelectorAll("a")) {
     link.target = "_blank";
     link.rel = "noreferrer noopener";
@@ -77,7 +91,7 @@ const normalise = (text) => (text.includes("\r") ? text.replace(/\r\n?/g, "\n") 
 
 /** Render a whole text. */
 export function render(text) {
-  return clean(marked.parse(normalise(text)));
+  return clean(marked().parse(normalise(text)));
 }
 
 // The beginning of a line that may yet continue the block before it: "2" becomes "2. next item".
@@ -110,12 +124,12 @@ export class GrowingMarkdown {
   /** Show `text`, which begins with what was shown before. */
   update(text) {
     const source = normalise(text);
-    const tokens = marked.lexer(source.slice(this.done));
+    const tokens = marked().lexer(source.slice(this.done));
     const open = firstOpen(tokens);
     if (open > 0) {
       const finished = tokens.splice(0, open);
       this.clearTail();
-      this.container.append(clean(marked.parser(finished)));
+      this.container.append(clean(marked().parser(finished)));
       this.done += finished.reduce((sum, token) => sum + token.raw.length, 0);
     }
     this.showTail(tokens);
@@ -128,7 +142,7 @@ export class GrowingMarkdown {
       return;
     }
     this.clearTail();
-    const fragment = clean(marked.parser(tokens));
+    const fragment = clean(marked().parser(tokens));
     this.tail = [...fragment.childNodes];
     this.openCode = token?.type === "code" ? fragment.querySelector("pre > code") : null;
     if (this.openCode && token.lang === undefined) this.openCode = null;
@@ -141,9 +155,14 @@ export class GrowingMarkdown {
     this.openCode = null;
   }
 
-  /** The text is complete. Link definitions may stand below their use, so a text with one is rendered once more as a whole. */
+  /**
+   * The text is complete. One that did not grow here is rendered in one go, which costs half as much. Link definitions may stand below
+   * their use, so a text with one is rendered once more as a whole.
+   */
   finish(text) {
-    if (/^ {0,3}\[[^\]]+\]:/m.test(text)) this.container.replaceChildren(render(text));
-    else this.update(text);
+    if (this.container.hasChildNodes() && !/^ {0,3}\[[^\]]+\]:/m.test(text)) return this.update(text);
+    this.reset();
+    this.container.append(render(text));
+    this.done = normalise(text).length;
   }
 }

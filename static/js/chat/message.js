@@ -13,6 +13,9 @@ const STOP_REASONS = {
   failed: "failed",
 };
 
+/** Return whether a message, as the server sends it, is an answer that is still being written. */
+export const isRunning = ({ generation }) => Boolean(generation) && !TERMINAL.has(generation.status);
+
 const percent = (fraction) => `${Math.round(fraction * 100)} %`;
 const seconds = (value) => (value < 10 ? `${value.toFixed(value < 1 ? 2 : 1)} s` : `${Math.round(value)} s`);
 

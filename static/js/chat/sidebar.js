@@ -35,6 +35,8 @@ function toggle(kind) {
   }
 }
 
+const parse = (html) => new DOMParser().parseFromString(html, "text/html").body.childNodes;
+
 export function closeDrawers() {
   const { classList } = document.body;
   const open = classList.contains("sidebar-drawer") || classList.contains("panel-drawer");
@@ -47,6 +49,8 @@ export class Sidebar {
   constructor() {
     this.list = document.getElementById("chats");
     this.menu = document.getElementById("chat-menu");
+    this.more = new IntersectionObserver((entries) => entries[0].isIntersecting && this.fetchMore(entries[0].target), { root: this.list });
+    this.watchEnd();
     this.restore();
     this.list.addEventListener("scroll", () => this.remember(), { passive: true });
     document.addEventListener("click", (event) => this.clicked(event));
@@ -66,6 +70,21 @@ export class Sidebar {
     const { top = 0, shown = 0 } = JSON.parse(sessionStorage.getItem("chats-view") ?? "{}");
     if (top && shown > this.items.length) await this.fetch(shown);
     this.list.scrollTop = top;
+  }
+
+  /** Fetch the next page of the list when its end comes into view. */
+  watchEnd() {
+    this.more.disconnect();
+    const end = this.list.querySelector(".chat-more");
+    if (end) this.more.observe(end);
+  }
+
+  async fetchMore(end) {
+    this.more.unobserve(end); // once: a list that was fetched again has another end
+    const response = await fetch(end.dataset.url).catch(() => null);
+    if (!response?.ok || response.redirected || !end.isConnected) return;
+    end.replaceWith(...parse(await response.text()));
+    this.watchEnd();
   }
 
   clicked(event) {
@@ -140,17 +159,17 @@ export class Sidebar {
     const { url, current } = this.list.dataset;
     const response = await fetch(`${url}?current=${current}&shown=${shown}`).catch(() => null);
     if (!response?.ok || response.redirected) return;
-    const parsed = new DOMParser().parseFromString(await response.text(), "text/html");
+    const nodes = parse(await response.text());
     const { scrollTop } = this.list;
     const place = (node) => node.getBoundingClientRect().top;
     const isAnchor = (item) => item.dataset.chat !== current && place(item) >= place(this.list);
     const anchor = scrollTop > 0 && this.items.find(isAnchor); // what is being read stays where it is
     const before = anchor && place(anchor);
-    this.list.replaceChildren(...parsed.body.childNodes);
+    this.list.replaceChildren(...nodes);
     this.list.scrollTop = scrollTop;
     const after = anchor && this.items.find((item) => item.dataset.chat === anchor.dataset.chat);
     if (after) this.list.scrollTop += place(after) - before;
-    globalThis.htmx?.process(this.list);
+    this.watchEnd();
     localTimes(this.list);
   }
 }

@@ -11,6 +11,10 @@ export class Transport extends EventTarget {
     super();
     this.url = `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}${path}`;
     this.failures = 0;
+  }
+
+  /** Open the line and keep it open. */
+  start() {
     addEventListener("online", () => this.retryNow());
     document.addEventListener("visibilitychange", () => document.hidden || this.retryNow());
     addEventListener("pagehide", () => this.socket?.close());
