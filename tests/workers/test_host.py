@@ -105,6 +105,7 @@ def test_a_request_that_this_release_cannot_read_ends(bench: Bench, starter: Ins
     generation = bench.create(starter, "What is GGUF?")
     Generation.objects.filter(pk=generation.pk).update(request={"model": 1})
     bench.host.generate(str(generation.pk))
+    wait_for(lambda: Generation.objects.filter(pk=generation.pk, status="failed").exists())
     generation.refresh_from_db()
     assert (generation.status, generation.error_code) == ("failed", "generation_interrupted")
     assert bench.run(starter, "What is GGUF?").status == "completed"

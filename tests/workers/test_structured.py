@@ -39,6 +39,12 @@ def noise(bench: Bench, tmp_path: Path) -> InstalledModel:
     return bench.install(make_micro(tmp_path / "noise.gguf"), "test/noise", architecture="qwen2")
 
 
+@pytest.fixture
+def slow_noise(bench: Bench, tmp_path: Path) -> InstalledModel:
+    """Return one with so many layers that an answer takes seconds."""
+    return bench.install(make_micro(tmp_path / "slow.gguf", layers=32), "test/slow", architecture="qwen2")
+
+
 def start(bench: Bench, model: InstalledModel, text: str, sampling: SamplingParams, **fields: object) -> Generation:
     generation = bench.create(model, text, sampling=sampling, **fields)
     bench.host.generate(str(generation.pk))
@@ -89,10 +95,10 @@ def test_a_format_that_cannot_be_used_is_refused_in_words(bench: Bench, noise: I
     assert bench.run(noise, "still there", sampling=SamplingParams(max_tokens=3)).status == "completed"
 
 
-def test_a_constrained_answer_survives_a_crash(bench: Bench, noise: InstalledModel) -> None:
+def test_a_constrained_answer_survives_a_crash(bench: Bench, slow_noise: InstalledModel) -> None:
     letters = OutputFormat(kind="regex", value="[a-z ]{1500}")
-    generation = start(bench, noise, "x", SamplingParams(temperature=1.0, seed=3, max_tokens=1500), output_format=letters)
-    wait_for(lambda: bench.text(generation), every=0.001)  # the rest takes hardly more than a second
+    generation = start(bench, slow_noise, "x", SamplingParams(temperature=1.0, seed=3, max_tokens=1500), output_format=letters)
+    wait_for(lambda: bench.text(generation), every=0.001)
     os.kill(next(iter(bench.host.runners.by_id.values())).process.pid, signal.SIGKILL)
     bench.finished(generation)
     assert generation.resumes == 1

@@ -69,6 +69,13 @@ def noise(bench: Bench, tmp_path: Path) -> InstalledModel:
     return bench.install(make_micro(tmp_path / "noise.gguf", chat_template=template), "test/noise", architecture="qwen2")
 
 
+@pytest.fixture
+def slow_noise(bench: Bench, tmp_path: Path) -> InstalledModel:
+    """Return one with so many layers that an answer takes seconds."""
+    template = (Path(__file__).parents[2] / "models_app" / "starter" / "chat_template.jinja").read_text()
+    return bench.install(make_micro(tmp_path / "slow.gguf", layers=32, chat_template=template), "test/slow", architecture="qwen2")
+
+
 def check(generation: Generation, *, names: set[str]) -> None:
     """See that every call has a known name and arguments that fit its schema."""
     for call in generation.tool_calls:
@@ -161,12 +168,12 @@ def test_json_or_a_call(bench: Bench, noise: InstalledModel) -> None:
         assert generation.tool_calls or json.loads(generation.content)["a"] in {1, 2}
 
 
-def test_calls_survive_a_crash(bench: Bench, noise: InstalledModel) -> None:
+def test_calls_survive_a_crash(bench: Bench, slow_noise: InstalledModel) -> None:
     marker = starter_vocabulary().tokens.index("<tool_call>")
     sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=1800, logit_bias={marker: 100.0})
-    undisturbed = bench.finished(start(bench, noise, "x", sampling))
-    generation = start(bench, noise, "x", sampling)
-    wait_for(lambda: bench.entries(generation), every=0.001)  # the rest takes hardly more than a second
+    undisturbed = bench.finished(start(bench, slow_noise, "x", sampling))
+    generation = start(bench, slow_noise, "x", sampling)
+    wait_for(lambda: bench.entries(generation), every=0.001)
     os.kill(next(iter(bench.host.runners.by_id.values())).process.pid, signal.SIGKILL)
     bench.finished(generation)
     assert generation.resumes == 1
