@@ -73,7 +73,7 @@ def noise(bench: Bench, tmp_path: Path) -> InstalledModel:
 def slow_noise(bench: Bench, tmp_path: Path) -> InstalledModel:
     """Return one with so many layers that an answer takes seconds."""
     template = (Path(__file__).parents[2] / "models_app" / "starter" / "chat_template.jinja").read_text()
-    return bench.install(make_micro(tmp_path / "slow.gguf", layers=32, chat_template=template), "test/slow", architecture="qwen2")
+    return bench.install(make_micro(tmp_path / "slow.gguf", layers=8, chat_template=template), "test/slow", architecture="qwen2")
 
 
 def check(generation: Generation, *, names: set[str]) -> None:
