@@ -83,7 +83,7 @@ class Rivals:
     def __call__(self, *flags: str) -> Server:
         """Return the one with these flags, as many slots as we have, and as long a context in each.
 
-        With ``--kv-unified`` the slots share one KV cache of the size of ours; otherwise each has its own, many times the memory.
+        With ``--kv-unified`` the slots share one KV cache; otherwise each has its own.
         """
         if flags not in self._servers:
             self._servers[flags] = LlamaServer(self._program, self._files, self._threads, lambda model: _rival_flags(model, flags))
@@ -155,9 +155,10 @@ def section(kept: dict[str, dict[str, Any]]) -> list[str]:
     """Return the lines of the section in RESULTS.md."""
     all_figures = {key: msgspec.convert(value, Figures) for key, value in kept.items()}
     lines = [
-        f"`llama-server` of the same source, with the same file, threads, {SLOTS} slots and {CONTEXT} tokens per request. Its slots have a KV",
-        "cache each, many times the memory of ours, which all share; where it says so, they share one of the same size. Both servers run,",
-        "and take turns; the product is asked over HTTP with a token per person. Medians; a ratio is that of each turn, then the median.",
+        f"`llama-server` of the same source as it comes, with the same file, threads, {SLOTS} slots and {CONTEXT} tokens per request. Its slots",
+        "have a KV cache each, or share one where it says so. Our own build of the engine differs for CPUs (`requirements/llama.cmake`). Both",
+        "servers run, and take turns; the product is asked over HTTP with a token per person. Medians; a ratio is that of each turn, then the",
+        "median.",
         "Every answer has the number of tokens that was asked for, and both sides read the same prompts.",
     ]
     for threads in sorted({figures.threads for figures in all_figures.values()}):
