@@ -131,7 +131,7 @@ async def throughput(contest: Contest, *, model: str, width: int, least: float) 
         rivals.append(contest.theirs())
     ours, *theirs = await contest.turns(model, partial(_streams, width=width), *rivals)
     case = f"{model}, {width} {'stream' if width == 1 else 'streams'}"
-    rows = [_throughput_row(f"{case} (both with one KV cache)", ours, theirs[0], least)]
+    rows = [_throughput_row(f"{case} (llama-server with one KV cache)", ours, theirs[0], least)]
     for others in theirs[1:]:
         row = _throughput_row(f"{case} (llama-server with a KV cache per slot)", ours, others, least)
         rows.append(msgspec.structs.replace(row, bar="", met=None, notes=""))
