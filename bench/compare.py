@@ -156,7 +156,7 @@ def section(kept: dict[str, dict[str, Any]]) -> list[str]:
     all_figures = {key: msgspec.convert(value, Figures) for key, value in kept.items()}
     lines = [
         f"`llama-server` of the same source as it comes, with the same file, threads, {SLOTS} slots and {CONTEXT} tokens per request. Its slots",
-        "have a KV cache each, or share one where it says so. Our own build of the engine differs for CPUs (`requirements/llama.cmake`). Both",
+        "have a KV cache each, or share one where it says so. Our own build of the engine differs for CPUs (`requirements/attention.cmake`). Both",
         "servers run, and take turns; the product is asked over HTTP with a token per person. Medians; a ratio is that of each turn, then the",
         "median.",
         "Every answer has the number of tokens that was asked for, and both sides read the same prompts.",

@@ -38,7 +38,7 @@ MARKER = "lmweb.json"
 UNFINISHED = "lmweb-unfinished"
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements"
 #: What the build of llama.cpp reads of ours.
-RECIPE = tuple(REQUIREMENTS / name for name in ("llama.cmake", "amx.cmake", "amx.h", "row_max.h"))
+RECIPE = tuple(REQUIREMENTS / name for name in ("llama.cmake", "amx.cmake", "amx.h", "attention.cmake", "attention.h"))
 LOG = "lmweb-install.log"
 #: What the import of transformers needs of its models.
 TRANSFORMERS_KEPT = {"auto", "encoder_decoder", "__pycache__"}
