@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.micro_models import make_micro
 from tests.workers import engines
 from tests.workers.engines import GREEDY, WORDS, finish, sequence, sliding, step
 from workers.engines.base import Sequence
+from workers.engines.llama_context import Context, ContextSize, Model
 from workers.engines.llama_cpp import LlamaEngine
 from workers.scheduler import Scheduler
 from workers.schemas import SamplingParams
@@ -244,3 +246,29 @@ def test_whoever_would_be_computed_later_waits_for_the_rest_of_a_neighbours_pref
     admission = scheduler.next_admission()
     assert admission is not None
     assert admission.n_shared == 20
+
+
+@pytest.mark.parametrize("is_unified", [True, False])
+def test_attention_over_a_prompt_in_tiles_is_that_of_a_few_tokens_at_a_time(micro: Path, is_unified: bool) -> None:
+    """From 64 tokens on, llama.cpp has another attention for CPUs, parts of which are ours (``requirements/attention.h``)."""
+    model = Model(str(micro), gpu_layers=0, on_progress=lambda _fraction: None)
+    context = Context(model, size=ContextSize(1024, 2, 512, 203, is_unified), threads=1, flash_attention=True)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(10, model.vocab_size, 203)
+
+    def read(sequence_id: int, chunk: int) -> list[np.ndarray]:
+        logits = []
+        for start in range(0, len(tokens), chunk):
+            n = min(chunk, len(tokens) - start)
+            context.tokens[:n] = tokens[start : start + n]
+            context.positions[:n] = range(start, start + n)
+            context.sequence_ids[:n] = sequence_id
+            context.outputs[:n] = 1
+            context.decode(n)
+            logits += [np.array(context.logits(i)) for i in range(n)]
+        return logits
+
+    few, tiles = np.array(read(0, 7)), np.array(read(1, 203))
+    assert np.abs(tiles - few).max() < 0.05 * few.std()  # halves are rounded: 0.03
+    context.close()
+    model.close()
