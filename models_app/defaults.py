@@ -12,6 +12,7 @@ from msgspec import Meta
 from lmweb.access import Action, Principal, require
 from lmweb.decoding import convert
 from lmweb.errors import InvalidRequest
+from models_app.memory import read_shape
 from models_app.models import InstalledModel
 from workers.engines import registry
 from workers.schemas import AnyRequest, ChatMessage, GenerationRequest, LoadConfig, SamplingParams
@@ -51,7 +52,16 @@ def check_config(model: InstalledModel, config: LoadConfig) -> LoadConfig:
     registry.card_of(model.format).check(config)
     if config.v_cache_type not in {"f16", "f32"} and config.flash_attention is False:
         raise InvalidRequest("Values of the cache below 16 bits need flash attention.", param="v_cache_type")
+    if config.num_experts is not None and model.file.is_file():
+        _check_experts(model, config.num_experts)
     return config
+
+
+def _check_experts(model: InstalledModel, wanted: int) -> None:
+    there = read_shape(model.file).experts
+    if wanted > there:
+        reason = f"has {there} experts, not {wanted}" if there else "is no mixture of experts"
+        raise InvalidRequest(f"{model.key} {reason}.", param="num_experts")
 
 
 def set_load_defaults(*, principal: Principal | None, model: InstalledModel, config: LoadConfig | None) -> None:

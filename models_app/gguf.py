@@ -63,6 +63,7 @@ class ModelFile:
     value_length: int
     chat_template: str
     capabilities: dict[str, bool]
+    expert_count: int = 0
 
 
 def read_model(path: Path) -> ModelFile:
@@ -211,6 +212,7 @@ def describe(header: Header, file_size: int) -> ModelFile:
         head_counts_kv=facts.numbers("attention.head_count_kv", 0, 65_536, default=max(heads)),
         key_length=facts.number("attention.key_length", 0, 65_536, default=0),
         value_length=facts.number("attention.value_length", 0, 65_536, default=0),
+        expert_count=facts.number("expert_count", 0, 65_536, default=0),
         chat_template=template,
         capabilities=capabilities(template),
     )

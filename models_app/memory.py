@@ -77,4 +77,5 @@ def read_shape(file: Path) -> ModelShape:
         trained_context=model.context_length,
         is_embedding=model.type == "embedding",
         is_one_cache=any(".ssm." in key or ".wkv." in key for key in header.metadata),  # recurrent, at least in part
+        experts=model.expert_count,
     )

@@ -363,23 +363,25 @@ class Host:
             try_to_store(lambda: self.store.instance_gone(pk))
             for live in waiting:
                 self._place(live)
+        reason = runner.exit_reason()
         if running:
-            logger.warning("runner %s ended with %d generations: %s", runner.identifier, len(running), runner.exit_reason())
+            logger.warning("runner %s ended with %d generations: %s", runner.identifier, len(running), reason)
         for live in running:
             if runner.stopping:
                 self._fail(live, interrupted("The model was unloaded while it answered. What had been written is kept."))
             else:
-                self._resume(live)
+                self._resume(live, reason)
 
-    def _resume(self, live: Live) -> None:
-        """Go on with a generation whose runner crashed, from its last token."""
+    def _resume(self, live: Live, reason: str) -> None:
+        """Go on with a generation whose runner crashed, from its last token; ``reason`` is how."""
         with live.lock:
             live.close_entry()
             live.resumes += 1
         if live.cancelled:
             self._end(live, status="cancelled", stats=self._partial_stats(live, "userStopped"))
         elif live.resumes > MAX_RESUMES:
-            self._fail(live, interrupted("The model crashed repeatedly on this request. What had been written is kept."))
+            crashed = "The model crashed repeatedly on this request. What had been written is kept."
+            self._fail(live, interrupted(f"{crashed} {reason}"))
         else:
             self._place(live)
 

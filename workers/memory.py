@@ -61,7 +61,7 @@ class ModelShape:
     ``repacked_bytes`` are weights of which llama.cpp makes a second copy in an order that the CPU likes; ``token_kv_bytes`` is
     what one token's keys and values take in all layers at 16 bits. ``cell_bytes`` is the same where its engine counts cells by it,
     0 for heads that share the width evenly. ``is_one_cache``: its engine, or its kind of memory, knows no KV cache per sequence.
-    ``runtime_bytes`` is a runner without a model.
+    ``experts`` are those of a mixture, 0 for other models; ``runtime_bytes`` is a runner without a model.
     """
 
     file_bytes: int
@@ -76,6 +76,7 @@ class ModelShape:
     is_embedding: bool
     cell_bytes: int = 0
     is_one_cache: bool = False
+    experts: int = 0
     runtime_bytes: int = RUNTIME_BYTES
 
 

@@ -165,14 +165,14 @@ class RunnerProcess:
                 f"The engine crashed while it read the file (signal {-code}). The file is damaged, or of a kind that this version of the "
                 "engine does not know."
             )
-        return f"The model could not be loaded: {self.exit_reason()}."
+        return f"The model could not be loaded. {self.exit_reason()}"
 
     def exit_reason(self) -> str:
-        """Say how the process ended."""
+        """Say how the process ended, in a sentence for people."""
         code = self.process.returncode
         if code == -signal.SIGILL:
             return WRONG_PROCESSOR
-        return f"it was killed by signal {-code}" if code is not None and code < 0 else f"it exited with code {code}"
+        return f"Its process was killed by signal {-code}." if code is not None and code < 0 else f"Its process exited with code {code}."
 
 
 def _environment() -> dict[str, str]:

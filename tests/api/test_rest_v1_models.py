@@ -130,6 +130,7 @@ async def test_an_embedding_model(worker: Bench, manager: str, tmp_path: Path) -
         (LOAD, {"model": "acme/micro", "context_length": 10**9}, 400, "context_length"),
         (LOAD, {"model": "acme/micro", "eval_batch_size": -1}, 400, "eval_batch_size"),
         (LOAD, {"model": "acme/micro", "num_experts": 0}, 400, "num_experts"),
+        (LOAD, {"model": "acme/micro", "num_experts": 2}, 400, "num_experts"),
         (LOAD, {"model": "acme/micro", "flash_attention": "yes"}, 400, "flash_attention"),
         (LOAD, {"model": "acme/micro", "offload_kv_cache_to_gpu": 1}, 400, "offload_kv_cache_to_gpu"),
         (LOAD, {"model": "acme/micro", "echo_load_config": None}, 400, "echo_load_config"),

@@ -14,6 +14,7 @@ from models_app.defaults import InferenceDefaults, load_config
 from models_app.generations import start_generation
 from models_app.models import InstalledModel
 from models_app.placement import Mode
+from tests.models.hostile import VALID, uint32
 from workers.schemas import ChatMessage, GenerationRequest, LoadConfig, SamplingParams
 
 pytestmark = pytest.mark.django_db
@@ -109,3 +110,13 @@ def test_only_admins_change_defaults(member: Principal, model: InstalledModel) -
         defaults.set_load_defaults(principal=member, model=model, config=None)
     with pytest.raises(PermissionDenied):
         defaults.set_inference_defaults(principal=member, model=model, defaults=None)
+
+
+def test_a_mixture_has_so_many_experts_and_no_more(model: InstalledModel) -> None:
+    with pytest.raises(InvalidRequest, match=r"no mixture of experts"):
+        load_config(model, {"num_experts": 1})
+    model.file.write_bytes(VALID.with_values(llama__expert_count=uint32(4)).encode())
+    assert load_config(model, {"num_experts": 4}).num_experts == 4
+    with pytest.raises(InvalidRequest, match=r"has 4 experts, not 5") as refused:
+        load_config(model, {"num_experts": 5})
+    assert refused.value.param == "num_experts"

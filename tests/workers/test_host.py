@@ -70,6 +70,20 @@ def test_a_killed_runner_loses_nothing(bench: Bench, starter: InstalledModel) ->
         assert generation.stats["total_output_tokens"] == len(generation.output_tokens)
 
 
+def test_a_request_that_ends_every_runner_says_how(bench: Bench, starter: InstalledModel) -> None:
+    generation = bench.create(starter, "What is GGUF?", **ENDLESS)
+    bench.host.generate(str(generation.pk))
+    for _ in range(3):
+        length = len(bench.text(generation))
+        wait_for(lambda length=length: len(bench.text(generation)) > length)
+        os.kill(next(iter(bench.host.runners.by_id.values())).process.pid, signal.SIGILL)
+    failed = bench.finished(generation)
+    assert (failed.status, failed.error_code) == ("failed", "generation_interrupted")
+    assert failed.content == bench.text(failed) != ""
+    assert "crashed repeatedly" in failed.error_message
+    assert "compiled for another processor" in failed.error_message
+
+
 def test_a_request_that_nobody_foresaw_fails_alone(bench: Bench, starter: InstalledModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that takes up what arrives is one for all: it goes on."""
     assert bench.run(starter, "What is GGUF?").status == "completed"
