@@ -166,8 +166,8 @@ class Result:
 
 
 def percentile(waits: list[float], share: float) -> float:
-    """Return the wait that this share of them stays below, in seconds."""
-    ordered = sorted(waits)
+    """Return the wait that this share of them stays below, in seconds; not a number if nobody waited for anything."""
+    ordered = sorted(waits) or [math.nan]
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
