@@ -25,6 +25,11 @@ export function keepListCurrent({ listId, offlineId, query = () => new URLSearch
     if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
   }
 
+  /** Whether somebody has something open, or waits for what a button of the list brings: without the button it could not be shown. */
+  function isInUse() {
+    return list().querySelector("details[open]:not([data-live]), .htmx-request") || document.querySelector("dialog[open]");
+  }
+
   async function refresh() {
     const shown = list();
     const parameters = query();
@@ -33,8 +38,8 @@ export function keepListCurrent({ listId, offlineId, query = () => new URLSearch
       const response = await fetch(`${shown.dataset.url}?${parameters}`, { headers: { "HX-Request": "true" } });
       if (response.headers.get("HX-Redirect")) return location.assign(response.headers.get("HX-Redirect"));
       offline.hidden = response.status < 500;
-      const open = list().querySelector("details[open]:not([data-live])") || document.querySelector("dialog[open]");
-      if (response.status === 200 && list() === shown && !open) replaceList(await response.text());
+      const html = response.status === 200 ? await response.text() : "";
+      if (html && list() === shown && !isInUse()) replaceList(html);
     } catch {
       offline.hidden = false;
     }

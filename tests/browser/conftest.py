@@ -51,9 +51,20 @@ def context(chromium: Browser) -> Iterator[BrowserContext]:
     assert not unexpected, unexpected
 
 
+#: What a browser and htmx say of a connection that the test itself took away (leaving a page counts), or of an answer with an error status.
+LOST_CONNECTION = (
+    "ERR_",
+    "Failed to load resource",
+    "WebSocket connection",
+    "htmx:sendAbort",
+    "htmx:afterRequest",
+    "Response Status Error Code",
+)
+
+
 def is_lost_connection(problem: str) -> bool:
     """Return whether the browser only reports a connection that the test itself took away, or an answer with an error status."""
-    return "ERR_" in problem or "Failed to load resource" in problem or "WebSocket connection" in problem
+    return any(words in problem for words in LOST_CONNECTION)
 
 
 def sign_in(context: BrowserContext, live: Live, name: str, password: str = PASSWORD) -> Page:

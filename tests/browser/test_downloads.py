@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from playwright.sync_api import Browser, BrowserContext, Page
+    from playwright.sync_api import Browser, BrowserContext, Page, Route
 
     from tests.live import Live
 
@@ -93,6 +94,27 @@ def test_search_choose_download_in_two_browsers(page: Page, live: Live, publishe
         expect(job.get_by_role("link", name="page-hub/shown", exact=True)).to_be_visible()
     choose(page, live, "page-hub shown", "page-hub/Shown-GGUF")
     expect(page.locator("[data-variant='F32'] .act")).to_have_text("Downloaded")
+
+
+def test_what_a_button_brings_is_shown_though_the_list_moves(page: Page, live: Live, published: Hub) -> None:
+    """The list is fetched again every second while something moves; a button that is gone by then could not say what came of it."""
+    published.bytes_per_second = 100_000
+    page.goto(f"{live.base_url}/discover/?q=https://huggingface.co/page-hub/Other-GGUF")
+    page.get_by_role("button", name="Download F32").click()
+    page.goto(f"{live.base_url}/activity/")
+    job = page.locator(".job", has_text="page-hub/Other-GGUF")
+    expect(job).to_contain_text("kB/s")
+
+    def refuse_late(route: Route) -> None:
+        time.sleep(2.5)
+        route.fulfill(status=409, headers={"HX-Retarget": "#model-alerts", "HX-Reswap": "innerHTML"}, body="Not now.")
+
+    page.route("**/pause", refuse_late)
+    job.get_by_role("button", name="Pause").click()
+    expect(page.locator("#model-alerts")).to_have_text("Not now.")
+    page.unroute("**/pause")
+    job.get_by_role("button", name="Pause").click()
+    expect(job).to_have_attribute("data-status", "paused")
 
 
 def test_cancel(page: Page, live: Live, published: Hub) -> None:
