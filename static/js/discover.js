@@ -35,10 +35,16 @@ function mark(model) {
   }
 }
 
+/** The level of the heading above a README. */
+const README_LEVEL = 3;
+
 /** Put a README's Markdown into its place. Markup of other kinds is left out: it is layout, not text. */
 function renderReadme(place) {
   const text = place.textContent.replace(/<!--[\s\S]*?-->/g, "").replace(/<\/?[a-zA-Z][^<>\n]*>/g, "");
   place.replaceChildren(render(text));
+  for (const heading of place.querySelectorAll("h1, h2, h3, h4, h5, h6")) {
+    heading.setAttribute("aria-level", Math.min(6, Number(heading.tagName[1]) + README_LEVEL)); // below the page's own headings
+  }
   place.removeAttribute("data-markdown");
   place.hidden = false;
 }

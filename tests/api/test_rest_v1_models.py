@@ -155,7 +155,7 @@ async def test_a_load_that_fails_says_why(worker: Bench, manager: str, tmp_path:
     await run_db(worker.install, broken, "acme/broken")
     answer = await call("POST", LOAD, token=manager, json_body={"model": "acme/broken"})
     assert answer.status == 503
-    assert answer.json()["error"]["code"] == "model_load_failed"
+    assert (answer.json()["error"]["type"], answer.json()["error"]["code"]) == ("model_load_failed", "model_load_failed")
     assert "acme/broken could not be loaded" in answer.json()["error"]["message"]
 
 

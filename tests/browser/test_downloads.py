@@ -64,6 +64,7 @@ def test_search_choose_download_in_two_browsers(page: Page, live: Live, publishe
     expect(page.locator("[data-variant='F32'] .fit")).to_have_text("Fits")
     expect(page.get_by_text("Licence: apache-2.0")).to_be_visible()
     expect(page.locator(".readme .md strong")).to_have_text("Small")
+    expect(page.get_by_role("heading", name="About it")).to_have_attribute("aria-level", "4")
     assert page.locator(".readme img, .readme a[href^='javascript']").count() == 0
     published.bytes_per_second = 60_000
     page.locator("[data-variant='F32']").get_by_role("button", name="Download F32").click()

@@ -334,12 +334,13 @@ def test_bytes_that_are_no_text_are_told_in_a_sentence(capsys: pytest.CaptureFix
 
 
 def test_get_says_what_is_wrong(tiny_on_hub: str, hub: Hub) -> None:
+    hub.add(Repo("acme/half", {"half-00001-of-00002.gguf": b"GGUF"}))
     answer = json.loads(run("get", "got", "--yes", "--json", "--no-wait"))
     assert (answer["repo"], answer["status"], answer["modelKey"]) == (tiny_on_hub, "queued", None)
     for words, message in (
         (["got"], "Several are possible"), (["no-such-thing", "--yes"], "no GGUF model"), (["acme/none"], "no model acme/none"),
         ([f"{tiny_on_hub}@q2"], "no quantization 'q2'"), (["https://evil.example/a/b"], "Only addresses"), ([], "Several are possible"),
-        (["got", "--mlx", "--yes"], "no MLX model"),
+        (["got", "--mlx", "--yes"], "no MLX model"), (["acme/half"], "acme/half has no complete model"),
     ):  # fmt: skip
         with pytest.raises(CommandError, match=message):
             run("get", *words)

@@ -10,7 +10,7 @@ import pytest
 from django.test import Client
 
 from lmweb.models import User
-from models_app import services
+from models_app import services, virtual
 from models_app.models import Generation, InstalledModel, ModelInstance
 from models_app.placement import Mode
 from tests.micro_models import make_micro
@@ -47,10 +47,26 @@ def test_empty_page_offers_the_import(page: Client, stranger: User) -> None:
     assert "import-panel" not in shown
 
 
+def test_an_empty_chat_page_leads_to_discover(page: Client, models_dir: Path) -> None:
+    shown = text(page.get("/"))
+    assert "No model installed" in shown
+    assert re.search(r'<a class="button primary" href="/discover/">.*Discover models</a>', shown)
+
+
 def test_table_shows_the_facts(page: Client, model: InstalledModel) -> None:
     shown = text(page.get("/models/"))
     for fact in ("Micro Test", "team/micro", "qwen2", "261K", "F32", "1.13 MB", "2,048", "Not loaded"):
         assert fact in shown
+
+
+def test_a_virtual_model_has_the_size_of_its_weights_and_no_file_to_delete(page: Client, model: InstalledModel) -> None:
+    virtual.install(principal=None, text="model: team/brief\nbase: team/micro\n")
+    made = InstalledModel.objects.get(key="team/brief")
+    assert (made.size_bytes, made.weights_bytes) == (0, model.size_bytes)
+    assert "1.13 MB" in text(page.get(f"/models/{made.pk}/"))
+    shown = text(page.get("/models/"))
+    assert "Virtual" in shown
+    assert "The name and its settings are removed, for everybody; team/micro stays." in shown
 
 
 def test_buttons_follow_the_permissions(model: InstalledModel, admin: User, owner: User, stranger: User) -> None:
