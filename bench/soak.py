@@ -34,18 +34,15 @@ from bench.scenarios import SCHEMA  # noqa: E402
 from bench.servers import Product  # noqa: E402
 from bench.startup import write  # noqa: E402
 from lmweb.supervisor import discovery  # noqa: E402
-from workers.memory import kv_bytes_per_token  # noqa: E402
+from workers.engines.kv_park import MAX_STATES  # noqa: E402
 
 HEADING = "## Soak"
-MICRO = make_gguf.PRESETS["micro"]
 PEOPLE = 6
 SIDE_BY_SIDE = 12
 READINGS = 8
 SETTLE_SECONDS = 60
-#: How much larger than after the first quarter a process may be at the end.
+#: How much larger than early on, once the runner has about as many parked states as it keeps, a process may be at the end.
 GROWTH_BYTES = 24 * 1024 * 1024
-#: What the runner keeps of a finished conversation, up to a limit that this does not reach: keys and values, and token numbers.
-PARKED_BYTES_PER_TOKEN = kv_bytes_per_token(MICRO.layers, MICRO.width, MICRO.heads, MICRO.kv_heads) + 64
 
 #: What people ask for, and how often.
 KINDS = {"stream": 30, "at once": 20, "leave": 15, "schema": 10, "long": 10, "conversation": 10, "embeddings": 5}
@@ -154,14 +151,6 @@ def leftovers(product: Product) -> list[str]:
     return left + ([f"{len(queues)} queues with messages"] if queues else [])
 
 
-def parked_bytes(product: Product) -> int:
-    """Return what the runner may hold of all conversations so far."""
-    query = "SELECT sum((stats->>'input_tokens')::int + coalesce((stats->>'total_output_tokens')::int, 0)) FROM models_app_generation"
-    with psycopg.connect(discovery.read(product.data_dir)["database_url"]) as database:
-        row = database.execute(f"{query} WHERE NOT request ? 'truncate' AND stats ? 'input_tokens'").fetchone()
-    return int(row[0] or 0) * PARKED_BYTES_PER_TOKEN if row else 0
-
-
 async def idle_runners(product: Product) -> list[str]:
     """Return the runners that are busy although nobody asks for anything."""
     root = psutil.Process(product.pid)
@@ -172,8 +161,8 @@ async def idle_runners(product: Product) -> list[str]:
     return [f"a runner that used {seconds:.1f} s of 5 while idle" for seconds in spent if seconds > 0.5]
 
 
-async def soak(product: Product, requests: int) -> tuple[Soak, list[str], int]:
-    """Run everything; return it, what was wrong, and how much of the runner's memory parked conversations may take."""
+async def soak(product: Product, requests: int) -> tuple[Soak, list[str]]:
+    """Run everything; return it, and what was wrong."""
     await chat(product.endpoint("micro"), [{"role": "user", "content": "Hello"}], max_tokens=8)
     running = Soak(product, requests)
     await running.run()
@@ -194,13 +183,12 @@ async def soak(product: Product, requests: int) -> tuple[Soak, list[str], int]:
     early = running.readings[READINGS // 4][1]
     last = running.readings[-1][1]
     for name, size in last.items():
-        allowed = GROWTH_BYTES + (parked_bytes(product) if name == "runners" else 0)
-        if size - early.get(name, size) > allowed:
+        if size - early.get(name, size) > GROWTH_BYTES:
             left.append(f"{name} grew by {(size - early.get(name, size)) / 1e6:.0f} MB")
-    return running, left, parked_bytes(product)
+    return running, left
 
 
-def section(running: Soak, wrong: list[str], parked: int, seconds: float) -> list[str]:
+def section(running: Soak, wrong: list[str], seconds: float) -> list[str]:
     """Return the lines of the section in RESULTS.md."""
     names = sorted(running.readings[-1][1])
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(running.kinds.items()))
@@ -210,7 +198,7 @@ def section(running: Soak, wrong: list[str], parked: int, seconds: float) -> lis
     lines = [
         f"{machine}; micro models, {PEOPLE} people, {SIDE_BY_SIDE} requests side by side, {seconds:.0f} s.",
         f"Requests: {kinds}. Failed: {len(running.failures)}. Left behind: {'; '.join(wrong) or 'nothing'}.",
-        f"The runner keeps the KV of finished conversations, up to a tenth of the machine's memory: here up to {parked / 1e6:.0f} MB.",
+        f"The runner keeps the KV of {MAX_STATES} finished conversations (and at most a tenth of the machine's memory).",
         "",
         "| Requests, memory in MB | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),
@@ -235,10 +223,10 @@ def main() -> int:
         product = Product(files, threads=1, context=2048, people=PEOPLE)
         began = time.monotonic()
         try:
-            running, wrong, parked = asyncio.run(soak(product, options.requests))
+            running, wrong = asyncio.run(soak(product, options.requests))
         finally:
             product.stop()
-    lines = section(running, wrong, parked, time.monotonic() - began)
+    lines = section(running, wrong, time.monotonic() - began)
     print("\n".join([*lines, *running.failures[:20]]))
     if options.write:
         write(lines, HEADING, "bench/soak.py")

@@ -13,6 +13,8 @@ from workers.scheduler import shareable
 MIN_TOKENS = 32
 #: A state of which less than one part in this many would be used is not worth loading.
 MAX_WASTE = 8
+#: A search goes through all states while everybody's next token waits; so many chats are hardly in use at once.
+MAX_STATES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Parked:
 
 
 class KvPark:
-    """Least recently used states up to ``limit_bytes``."""
+    """States up to ``limit_bytes`` and ``MAX_STATES``; the least recently used ones leave first."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
@@ -35,7 +37,7 @@ class KvPark:
         self.used_bytes = 0
 
     def add(self, parked: Parked) -> None:
-        """Keep a state; drops those that it extends, and the least recently used ones over the limit."""
+        """Keep a state; drops those that it extends, and the least recently used ones over the limits."""
         if len(parked.data) > self._limit:
             return
         for key, old in list(self._entries.items()):
@@ -44,7 +46,7 @@ class KvPark:
         self._entries[self._next] = parked
         self._next += 1
         self.used_bytes += len(parked.data)
-        while self.used_bytes > self._limit:
+        while self.used_bytes > self._limit or len(self._entries) > MAX_STATES:
             self._drop(next(iter(self._entries)))
 
     def find(self, sequence: Sequence, *, whole: bool) -> tuple[Parked, int] | None:
