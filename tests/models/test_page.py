@@ -198,6 +198,9 @@ def test_load_options_keep_what_was_typed(page: Client, model: InstalledModel, n
     response = page.post(f"/models/{model.pk}/load-options", {**bad, "context_length": "256"})
     assert "An identifier has" in text(response)
     assert page.post(f"/models/{model.pk}/load-options", {"context_length": "x"}).status_code == 422
+    assert "is no mixture of experts" in text(
+        page.post(f"/models/{model.pk}/load-options", {**bad, "context_length": "256", "num_experts": "2"})
+    )
     response = page.post(f"/models/{model.pk}/load-options", {**bad, "context_length": "256", "identifier": "mine"})
     assert response.status_code == 200
     assert "close-dialog" in response.headers["HX-Trigger"]
