@@ -198,7 +198,7 @@ def section(running: Soak, wrong: list[str], seconds: float) -> list[str]:
     lines = [
         f"{machine}; micro models, {PEOPLE} people, {SIDE_BY_SIDE} requests side by side, {seconds:.0f} s.",
         f"Requests: {kinds}. Failed: {len(running.failures)}. Left behind: {'; '.join(wrong) or 'nothing'}.",
-        f"The runner keeps the KV of {MAX_STATES} finished conversations (and at most a tenth of the machine's memory).",
+        f"The runner keeps the KV of at most {MAX_STATES} finished conversations (and at most a tenth of the machine's memory).",
         "",
         "| Requests, memory in MB | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),

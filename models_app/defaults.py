@@ -52,16 +52,21 @@ def check_config(model: InstalledModel, config: LoadConfig) -> LoadConfig:
     registry.card_of(model.format).check(config)
     if config.v_cache_type not in {"f16", "f32"} and config.flash_attention is False:
         raise InvalidRequest("Values of the cache below 16 bits need flash attention.", param="v_cache_type")
-    if config.num_experts is not None and model.file.is_file():
-        _check_experts(model, config.num_experts)
     return config
 
 
-def _check_experts(model: InstalledModel, wanted: int) -> None:
-    there = read_shape(model.file).experts
-    if wanted > there:
-        reason = f"has {there} experts, not {wanted}" if there else "is no mixture of experts"
-        raise InvalidRequest(f"{model.key} {reason}.", param="num_experts")
+def check_against_file(model: InstalledModel, config: LoadConfig) -> LoadConfig:
+    """Return a configuration that somebody asks for, and that the model in its file can have. Raises ``InvalidRequest`` that names the field.
+
+    What is stored is not checked like this where it is only shown: the file may be another one by now, and the page is where to mend it.
+    """
+    config = check_config(model, config)
+    if config.num_experts is not None and model.file.is_file():
+        there = read_shape(model.file).experts
+        if config.num_experts > there:
+            reason = f"has {there} experts, not {config.num_experts}" if there else "is no mixture of experts"
+            raise InvalidRequest(f"{model.key} {reason}.", param="num_experts")
+    return config
 
 
 def set_load_defaults(*, principal: Principal | None, model: InstalledModel, config: LoadConfig | None) -> None:
@@ -71,7 +76,7 @@ def set_load_defaults(*, principal: Principal | None, model: InstalledModel, con
     """
     if principal:
         require(principal, Action.CHANGE_DEFAULTS)
-    model.load_defaults = msgspec.to_builtins(check_config(model, config)) if config else {}
+    model.load_defaults = msgspec.to_builtins(check_against_file(model, config)) if config else {}
     InstalledModel.objects.filter(pk=model.pk).update(load_defaults=model.load_defaults)
 
 

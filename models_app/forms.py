@@ -134,8 +134,9 @@ class ConfigForm(ServiceForm):
         for name in SWITCHES:
             if name in data:
                 data[name] = data[name] == "on"
-        kept = ("key", "format", "path", "base", "max_context_length")
-        return load_config(InstalledModel(**{name: getattr(self.model, name) for name in kept}), data)
+        return load_config(
+            InstalledModel(key=self.model.key, format=self.model.format, max_context_length=self.model.max_context_length), data
+        )
 
 
 class LoadForm(ConfigForm):

@@ -20,7 +20,7 @@ from django.utils import timezone
 from lmweb.access import Action, Principal, require
 from lmweb.errors import Conflict, InvalidRequest, ModelLoadFailed, ServiceUnavailable, error_class
 from models_app import naming, routing
-from models_app.defaults import check_config, load_config, set_load_defaults
+from models_app.defaults import check_against_file, load_config, set_load_defaults
 from models_app.drafts import check_draft, draft_file
 from models_app.memory import estimate_model
 from models_app.models import Generation, InstalledModel, ModelInstance
@@ -70,7 +70,7 @@ def plan_load(*, principal: Principal | None, model: InstalledModel, config: Loa
     """
     if principal:
         require(principal, Action.LOAD_MODELS)
-    config = check_config(model, config)
+    config = check_against_file(model, config)
     weights = model.base or model
     row = _node_for(model, _estimate(weights, config, on_gpu=False).needed_bytes, node)
     found = _estimate(weights, config, on_gpu=row.has_gpu)
@@ -180,7 +180,7 @@ def request_load(
     """
     if principal:
         require(principal, Action.LOAD_MODELS)
-    config = check_config(model, config or load_config(model))
+    config = check_against_file(model, config or load_config(model))
     if config.draft_model:
         config = msgspec.structs.replace(config, draft_model=check_draft(principal, model, config.draft_model).key)
     if not model.file.is_file():

@@ -18,7 +18,7 @@ from lmweb.decoding import convert
 from lmweb.errors import Conflict, InvalidRequest
 from models_app import naming, placement
 from models_app.catalog import SafeLoader
-from models_app.defaults import InferenceDefaults, check_sampling, load_config
+from models_app.defaults import InferenceDefaults, check_against_file, check_sampling, load_config
 from models_app.models import InstalledModel
 from workers.schemas import RESERVED_TEMPLATE_NAMES
 
@@ -189,7 +189,7 @@ def read(text: str) -> InstalledModel:
         custom_fields=_custom_fields(found, document),
     )
     row.load_defaults = {**found.load_defaults, **_settings(document.config.load, LOAD)}
-    load_config(row)  # says what is wrong with it
+    check_against_file(row, load_config(row))  # says what is wrong with it
     sampling = _settings(document.config.operation, OPERATION)
     check_sampling(sampling)
     prompts = [field.value for field in document.config.operation.fields if field.key == "llm.prediction.systemPrompt"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from playwright.sync_api import Browser, BrowserContext, Page, Route
+    from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route
 
     from tests.live import Live
 
@@ -54,6 +54,14 @@ def choose(page: Page, live: Live, query: str, model: str) -> None:
     page.get_by_label("Search models").fill(query)
     page.locator(f"a[data-model='{model}']").click()
     expect(page.locator(".model-title")).to_have_text(model.split("/")[1])
+
+
+def download_other(page: Page, live: Live) -> Locator:
+    """Begin the download of the second model; returns its card in Activity."""
+    page.goto(f"{live.base_url}/discover/?q=https://huggingface.co/page-hub/Other-GGUF")
+    page.get_by_role("button", name="Download F32").click()
+    page.goto(f"{live.base_url}/activity/")
+    return page.locator(".job", has_text="page-hub/Other-GGUF")
 
 
 def test_search_choose_download_in_two_browsers(page: Page, live: Live, published: Hub, other: BrowserContext) -> None:
@@ -100,10 +108,7 @@ def test_search_choose_download_in_two_browsers(page: Page, live: Live, publishe
 def test_what_a_button_brings_is_shown_though_the_list_moves(page: Page, live: Live, published: Hub) -> None:
     """The list is fetched again every second while something moves; a button that is gone by then could not say what came of it."""
     published.bytes_per_second = 100_000
-    page.goto(f"{live.base_url}/discover/?q=https://huggingface.co/page-hub/Other-GGUF")
-    page.get_by_role("button", name="Download F32").click()
-    page.goto(f"{live.base_url}/activity/")
-    job = page.locator(".job", has_text="page-hub/Other-GGUF")
+    job = download_other(page, live)
     expect(job).to_contain_text("kB/s")
 
     def refuse_late(route: Route) -> None:
@@ -120,10 +125,7 @@ def test_what_a_button_brings_is_shown_though_the_list_moves(page: Page, live: L
 
 def test_cancel(page: Page, live: Live, published: Hub) -> None:
     published.bytes_per_second = 200_000
-    page.goto(f"{live.base_url}/discover/?q=https://huggingface.co/page-hub/Other-GGUF")
-    page.get_by_role("button", name="Download F32").click()
-    page.goto(f"{live.base_url}/activity/")
-    job = page.locator(".job", has_text="page-hub/Other-GGUF")
+    job = download_other(page, live)
     expect(job).to_have_attribute("data-status", "downloading")
     job.get_by_role("button", name="Cancel").click()
     page.get_by_role("button", name="Cancel the download").click()

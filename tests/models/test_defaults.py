@@ -112,11 +112,20 @@ def test_only_admins_change_defaults(member: Principal, model: InstalledModel) -
         defaults.set_inference_defaults(principal=member, model=model, defaults=None)
 
 
-def test_a_mixture_has_so_many_experts_and_no_more(model: InstalledModel) -> None:
+def test_a_mixture_has_so_many_experts_and_no_more(boss: Principal, model: InstalledModel) -> None:
+    def store(experts: int) -> None:
+        defaults.set_load_defaults(principal=boss, model=model, config=LoadConfig(num_experts=experts))
+
     with pytest.raises(InvalidRequest, match=r"no mixture of experts"):
-        load_config(model, {"num_experts": 1})
+        store(1)
     model.file.write_bytes(VALID.with_values(llama__expert_count=uint32(4)).encode())
-    assert load_config(model, {"num_experts": 4}).num_experts == 4
+    store(4)
     with pytest.raises(InvalidRequest, match=r"has 4 experts, not 5") as refused:
-        load_config(model, {"num_experts": 5})
+        store(5)
     assert refused.value.param == "num_experts"
+
+
+def test_defaults_that_the_file_cannot_have_any_more_are_shown(model: InstalledModel) -> None:
+    """The page is where an admin mends them."""
+    model.load_defaults = {"num_experts": 2}
+    assert load_config(model).num_experts == 2

@@ -207,6 +207,12 @@ def test_load_options_keep_what_was_typed(page: Client, model: InstalledModel, n
     assert ModelInstance.objects.get().config == {"context_length": 256, "parallel": 3}
 
 
+def test_defaults_that_the_file_cannot_have_leave_the_pages_that_mend_them(page: Client, model: InstalledModel, node: WorkerNode) -> None:
+    InstalledModel.objects.update(load_defaults={"num_experts": 2})
+    assert page.get(f"/models/{model.pk}/").status_code == page.get(f"/models/{model.pk}/load-options").status_code == 200
+    assert "is no mixture of experts" in text(page.post(f"/models/{model.pk}/load"))
+
+
 def test_delete(page: Client, owner: User, model: InstalledModel) -> None:
     assert client_of(owner).post(f"/models/{model.pk}/delete").status_code == 403
     generation = Generation.objects.create(
